@@ -1,0 +1,202 @@
+"""What a training run is: the typed recipe.
+
+One YAML file becomes one `Recipe`. Every key has a type, a default and a sentence; an unknown key is an error that
+names the nearest valid one. Nothing here imports torch, so a wrong recipe is reported at once.
+"""
+
+import re
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from lapilli.base.errors import nearest
+
+FreezeSet = Literal["projector", "freeze_vision", "full"]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Source(Section):
+    """One data file or folder and the root of its pictures."""
+
+    path: str
+    """LLaVA JSON or JSONL file. A relative path is relative to the recipe file."""
+    images: str | None = None
+    """Folder that picture paths are relative to; no picture outside it is ever opened. Null: `data.images`."""
+
+
+class Data(Section):
+    """What is learned from. `train` and `validation` take a path, a mapping with `path` and `images`, or a list."""
+
+    train: tuple[Source, ...] = ()
+    validation: tuple[Source, ...] = ()
+    """Held-out data for the validation loss; empty: none is computed."""
+    images: str | None = None
+    """Picture folder of the sources that name none; null: the folder that holds the data file."""
+    template: str | None = None
+    """Name or YAML file of the template that renders conversations; null: the model folder's own. The exported model
+    carries it, except `plain`, which has no turns to chat in: then the model keeps its own."""
+    image_mode: Literal["square", "pad"] | None = None
+    """How a picture becomes a square: cropped, or padded as LLaVA-1.5's stage 2 does; null: the model folder's own.
+    The exported model carries it. Training with tiles (`anyres`) comes later."""
+    placement: Literal["keep", "front"] = "keep"
+    """`keep` leaves `<image>` where the user wrote it; `front` moves it to the front of its turn, as LLaVA does."""
+    max_length: Positive = 2048
+    """Longest conversation in tokens, image tokens included."""
+    too_long: Literal["error", "drop", "truncate_turns"] = "error"
+    """What happens to a longer one. `truncate_turns` drops whole exchanges from the end, never part of an image."""
+    order: Literal["shuffled", "sequential", "modality_groups_llava"] = "shuffled"
+    """`modality_groups_llava` is the original's `group_by_modality_length`."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that read and tokenise; 0 reads in the training process."""
+    max_image_pixels: Positive = 50_000_000
+    """Pictures with more pixels are refused before they are decoded."""
+    max_image_bytes: Positive = 100_000_000
+    """Picture files with more bytes are refused before they are read."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sources(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        value = dict(value)
+        for split in ("train", "validation"):
+            given = value.get(split)
+            if isinstance(given, str | dict | Source):
+                given = [given]
+            if isinstance(given, list | tuple):
+                given = [{"path": one} if isinstance(one, str) else one for one in given]
+                root = value.get("images")
+                value[split] = [{"images": root, **one} if root and isinstance(one, dict) else one for one in given]
+        return value
+
+
+class Lora(Section):
+    """LoRA adapters on the language model's linear layers; the projector trains beside them in full."""
+
+    r: Positive = 64
+    """Rank of the adapters."""
+    alpha: Positive = 16
+    """The adapters' output is scaled by alpha / r."""
+    dropout: Fraction = 0.05
+    target_modules: tuple[str, ...] | None = None
+    """Names of the linear layers to adapt, inside the language model; null adapts all but the output layer."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases train beside the adapters."""
+
+
+class Train(Section):
+    """What is learned, and how: every key here changes the result."""
+
+    freeze: FreezeSet | tuple[str, ...] = "freeze_vision"
+    """What trains. `projector`: it alone; `freeze_vision`: projector and language model; `full`: everything.
+    A list of regular expressions freezes the parameters whose name matches one of them; the rest trains."""
+    lora: Lora | None = None
+    """With LoRA the language model itself is frozen whatever `freeze` says."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the data; a part of a pass is a part of its steps, rounded up."""
+    max_steps: Positive | None = None
+    """Stop after this many optimiser steps; overrides `epochs`."""
+    global_batch_size: Positive = 128
+    """Samples per optimiser step, over all devices and micro-batches. The last, shorter batch of an epoch is kept."""
+    tokens_per_micro_batch: Positive = 8192
+    """Packed micro-batches hold at most this many tokens; it decides memory, never what is learned."""
+    loss_reduction: Literal["tokens", "microbatch_mean"] = "tokens"
+    """`tokens`: mean over the supervised tokens of the whole step. `microbatch_mean`: the original's arithmetic, mean
+    per micro-batch of `micro_batch_size` consecutive samples, then mean over micro-batches."""
+    micro_batch_size: Positive | None = None
+    """Samples per micro-batch, for `microbatch_mean` only."""
+    learning_rate: Rate = 2e-5
+    """The highest one, reached after warm-up."""
+    projector_learning_rate: Rate | None = None
+    """Null: the same as `learning_rate`."""
+    vision_learning_rate: Rate | None = None
+    """Null: the same as `learning_rate`."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    """adamw: how slowly its averages of gradient and squared gradient forget."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """adamw: added to the denominator."""
+    momentum: Momentum = 0.0
+    """sgd only."""
+    weight_decay: Rate = 0.0
+    """Applied to matrices, never to biases and norms."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Fraction = 0.03
+    """Part of all steps, rounded up, during which the learning rate rises linearly; the first step runs at 0."""
+    min_learning_rate_ratio: Fraction = 0.0
+    """The schedule ends at this part of the learning rate."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradients are scaled down to this norm where they exceed it; null: never."""
+    gradient_checkpointing: Literal["none", "full"] = "none"
+    """`full` recomputes each layer of the trained parts in the backward pass: less memory, about a third slower."""
+    validate_every: Positive | None = None
+    """Steps between validation losses; null: at the end only, when `data.validation` is given."""
+    save_every: Positive | None = None
+    """Steps between checkpoints; null: at the end only."""
+    keep_checkpoints: Positive = 1
+    """Older checkpoints are deleted when a newer one is complete."""
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _freeze(cls, value: Any) -> Any:
+        names = get_args(FreezeSet)
+        if isinstance(value, str) and value not in names:
+            raise ValueError(
+                f'unknown frozen set "{value}"{nearest(value, names)}; known: {", ".join(names)}, '
+                "or a list of regular expressions over parameter names"
+            )
+        for pattern in value if isinstance(value, list | tuple) else ():
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise ValueError(f'"{pattern}" is not a regular expression: {error}') from error
+        return value
+
+    @model_validator(mode="after")
+    def _micro_batch(self) -> "Train":
+        if (self.micro_batch_size is not None) != (self.loss_reduction == "microbatch_mean"):
+            raise ValueError(
+                "micro_batch_size and loss_reduction: microbatch_mean belong together "
+                "(otherwise micro-batches are packed by tokens_per_micro_batch)"
+            )
+        return self
+
+
+class Run(Section):
+    """Where and how the run is carried out; nothing here changes what is learned beyond rounding."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16 holds trained weights in fp32 and computes in bf16; frozen weights are held in bf16."""
+    seed: int = 42
+    """Of the sample order, of new weights and of dropout."""
+    deterministic: bool = False
+    """Bit-for-bit repeatable on the same machine with the same number of threads; slower."""
+    threads: Positive | None = None
+    """CPU threads for PyTorch; null: its own default."""
+
+
+class Stage(Section):
+    """One training run: which model it starts from, on which data, how."""
+
+    name: str = "train"
+    model: str | None = None
+    """A model folder, or the run folder of an earlier stage (its `model/` is taken)."""
+    out: str | None = None
+    """The run folder that is written."""
+    data: Data = Data()
+    train: Train = Train()
+    run: Run = Run()
+
+
+class Recipe(Section):
+    """One or more stages in order. A stage that names no model starts from the one before it."""
+
+    stages: tuple[Stage, ...]
