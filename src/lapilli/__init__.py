@@ -1,0 +1,37 @@
+"""lapilli: build, train, convert, evaluate and serve LLaVA-style vision-language models.
+
+Importing the package is instant. `lapilli.load` and `lapilli.build` bring in PyTorch when they are first used, and
+make our own `model_type` known to transformers' Auto classes; where transformers is imported already, importing
+lapilli does so at once.
+"""
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lapilli.assemble.build import build as build
+    from lapilli.assemble.load import Assistant as Assistant
+    from lapilli.assemble.load import load as load
+    from lapilli.model.vlm import VisionLanguageModel as VisionLanguageModel
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "load": "lapilli.assemble.load",
+    "Assistant": "lapilli.assemble.load",
+    "build": "lapilli.assemble.build",
+    "VisionLanguageModel": "lapilli.model.vlm",
+}
+__all__ = ["Assistant", "VisionLanguageModel", "build", "load"]  # noqa: F822  (resolved by __getattr__)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'lapilli' has no attribute {name!r}")
+    import_module("lapilli.model.vlm").register()
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+if "transformers" in sys.modules:
+    import_module("lapilli.model.vlm").register()

@@ -1,0 +1,150 @@
+"""The nouns of the data room: Sample as the user wrote it, Example as numbers, Batch as the model takes it.
+
+Everything a user can bring becomes a `Sample` at the first station; after that there is one path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+Role = Literal["system", "user", "assistant"]
+
+IGNORE = -100
+"""Label of a position that is not supervised (the convention of PyTorch and transformers)."""
+
+IMAGE_PLACEHOLDER = "<image>"
+"""How the text of LLaVA-style files says where a picture stands. The model's own image token may be another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A picture: a path as the record gives it (relative to an image root), or its encoded bytes."""
+
+    path: str | None = None
+    data: bytes | None = None
+
+
+Part = Text | Image
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: Role
+    parts: tuple[Part, ...]
+    weight: float = 1.0
+
+    @property
+    def text(self) -> str:
+        """The message's text with each picture as `<image>`."""
+        return "".join(p.text if isinstance(p, Text) else IMAGE_PLACEHOLDER for p in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One conversation. `where` says file and record for error messages, e.g. `chat.json: record 17 (id 000123)`."""
+
+    id: str
+    messages: tuple[Message, ...]
+    where: str = ""
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        return tuple(p for m in self.messages for p in m.parts if isinstance(p, Image))
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSlot:
+    """One picture of an Example: its source and the run of positions that its features take."""
+
+    image: Image
+    start: int
+    tokens: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One conversation as numbers.
+
+    `input_ids` (T,) int64 with the image token repeated once per feature; `labels` (T,) int64, -100 where not
+    supervised, not shifted (`labels[t]` is `input_ids[t]` or -100).
+    """
+
+    id: str
+    input_ids: np.ndarray
+    labels: np.ndarray
+    images: tuple[ImageSlot, ...] = ()
+    where: str = ""
+
+    @property
+    def length(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def supervised(self) -> int:
+        """Positions that give a loss; the first position of an Example is never predicted."""
+        return int((self.labels[1:] != IGNORE).sum())
+
+
+@dataclass(slots=True)
+class Pixels:
+    """The pictures of a Batch for one vision encoder, in order of their slots.
+
+    `tiles` (tiles, C, H, W) uint8, not normalised; `tiles_per_image` (I,) int64; `sizes` (I, 2) int64 holds each
+    picture's own (width, height) in pixels.
+    """
+
+    tiles: torch.Tensor
+    tiles_per_image: torch.Tensor
+    sizes: torch.Tensor
+
+
+@dataclass(slots=True)
+class Batch:
+    """Several Examples laid end to end: one micro-batch.
+
+    `input_ids`, `labels`, `position_ids` are (T,) int64, positions restarting with each Example; `cu_seqlens` (N+1,)
+    int32 holds where Examples begin and end; `ids` names the N Examples; `images` maps encoder name to Pixels.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    images: dict[str, Pixels] = field(default_factory=dict)
+    ids: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return int(self.input_ids.shape[0])
+
+    @property
+    def supervised(self) -> int:
+        """Positions that give a loss (first position of each Example excluded; its label is always -100)."""
+        return int((self.labels != IGNORE).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return this Batch with every tensor on `device`."""
+        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+        return Batch(
+            move(self.input_ids),
+            move(self.labels),
+            move(self.position_ids),
+            move(self.cu_seqlens),
+            {
+                k: Pixels(move(p.tiles), move(p.tiles_per_image), move(p.sizes)) for k, p in self.images.items()
+            },
+            self.ids,
+        )

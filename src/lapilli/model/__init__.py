@@ -1,0 +1,1 @@
+"""The model: vision encoder, projector and language model, and how they join."""
