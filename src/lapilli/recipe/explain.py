@@ -31,15 +31,15 @@ def explain(
     """Return one Problem per wrong key. `place` gives source and dotted key, as written, of a path into `value`."""
     found: dict[Path, list[str]] = {}
     for one in error.errors():
-        path = _written(one["loc"], value)
+        path, context = _written(one["loc"], value), one.get("ctx", {})
         if one["type"] == "extra_forbidden":
             text = _unknown_key(str(path[-1]), path[:-1], model)
         elif one["type"] == "missing":
             path, text = (*path, one["loc"][-1]), "is missing"
         elif one["type"] == "value_error":
-            text = str(one["ctx"]["error"])
+            text = str(context["error"])
         elif one["type"] == "literal_error":
-            given, known = str(one["input"]), one["ctx"]["expected"]
+            given, known = str(one["input"]), context["expected"]
             text = f'"{given}" is not one of {known}{nearest(given, known.replace(" or ", ", ").split(", "))}'
             text = text.replace("\"'", '"').replace("'\"", '"')
         else:
