@@ -272,7 +272,9 @@ def to_tiles(image: PIL.Image.Image, spec: ImageSpec, layout: ImageLayout) -> to
         )
     image = to_rgb(image)
     spec.check_size(*image.size)
-    return _tiles(image, spec, layout, _Exact() if spec.backend == "exact" else _Fast())
+    if spec.backend == "exact":
+        return _tiles(image, spec, layout, _Exact())
+    return _tiles(image, spec, layout, _Fast())
 
 
 def _tiles(image: PIL.Image.Image, spec: ImageSpec, layout: ImageLayout, pixels: _Pixels[V]) -> torch.Tensor:

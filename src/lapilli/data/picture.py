@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import PIL.Image
 
@@ -123,9 +124,7 @@ def _opened(
 
 
 @contextmanager
-def _stream(
-    image: Image, root: str | Path | None, limits: ImageLimits, where: str, name: str
-) -> Iterator[io.BufferedIOBase]:
+def _stream(image: Image, root: str | Path | None, limits: ImageLimits, where: str, name: str) -> Iterator[IO[bytes]]:
     if image.data is not None:
         _check_bytes(len(image.data), limits, name)
         yield io.BytesIO(image.data)
@@ -158,7 +157,7 @@ def _check_bytes(size: int, limits: ImageLimits, name: str) -> None:
         )
 
 
-def _read_header(stream: io.BufferedIOBase, name: str) -> PIL.Image.Image:
+def _read_header(stream: IO[bytes], name: str) -> PIL.Image.Image:
     try:
         with warnings.catch_warnings():
             # Our own pixel budget follows; Pillow would warn at a number of its own.
