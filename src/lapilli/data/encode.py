@@ -1,0 +1,248 @@
+"""From a conversation to numbers: `Sample` in, `Example` out.
+
+Text is tokenised chunk by chunk between pictures, each chunk as the start of a string, with what the tokenizer puts
+before a text (one BOS, or nothing) in front of the whole: so every LLaVA was trained. A token is supervised if it
+overlaps a supervised character; there is no counting and nothing that depends on one vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from lapilli.base.errors import DataError, ModelError
+from lapilli.base.layout import ImageLayout
+from lapilli.data.sample import IGNORE, Example, Image, ImageSlot, Message, Sample
+from lapilli.data.template import Piece, Span, Template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+UNEXPANDED = -200
+"""What LLaVA's files put in place of a picture. Only shown and compared with, never given to a model."""
+
+TooLong = Literal["error", "drop", "truncate_turns"]
+Sizes = Sequence[tuple[int, int]]
+
+
+class TooLongError(DataError):
+    """A conversation is longer than `max_length`; with `too_long: drop` the caller counts it and goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An Example and what was left out of it, one reason each. `example` is None if the whole Sample was dropped."""
+
+    example: Example | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    ids: np.ndarray
+    labels: np.ndarray
+
+
+class Encoder:
+    """Turns Samples into Examples for one tokenizer, template and image layout. Cheap to copy to worker processes.
+
+    `layout` may be None, and `image_token` too, where only unexpanded ids are asked for. `im_start_end` wraps every
+    picture in `<im_start>` and `<im_end>`. Raises ModelError for a tokenizer without offsets, or an image token that
+    it does not hold.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
+        layout: ImageLayout | None,
+        image_token: str | None,
+        *,
+        max_length: int | None = None,
+        too_long: TooLong = "error",
+        im_start_end: bool = False,
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise ModelError(f"tokenizer {type(tokenizer).__name__} gives no character offsets; use its fast version")
+        template = template.bind(tokenizer)
+        self.tokenizer = tokenizer
+        self.template = template.with_image_marks() if im_start_end else template
+        self.layout = layout
+        self.max_length = max_length
+        self.too_long: TooLong = too_long
+        self.image_token_id = None if image_token is None else _token_id(tokenizer, image_token)
+        self.prefix = _text_prefix(tokenizer)
+
+    def encode(self, sample: Sample, image_sizes: Sizes | None = None) -> Example | None:
+        """Return the Example, or None if the Sample is too long and the policy is `drop`.
+
+        `image_sizes`: (width, height) of each picture in order; may be left out where the layout does not depend on
+        it. Raises DataError naming the record: nothing to learn, wrong turns, or TooLongError.
+        """
+        return self.encode_noted(sample, image_sizes).example
+
+    def encode_noted(self, sample: Sample, image_sizes: Sizes | None = None) -> Encoded:
+        """`encode`, with the reasons for what was left out. Callers that show or count use this."""
+        sizes = self._sizes(sample.images, image_sizes, sample.where)
+        notes = self.template.notes(sample)
+        example = self._example(sample, sizes)
+        if self.max_length is None or example.length <= self.max_length:
+            return Encoded(example, notes)
+        problem = (
+            f"{sample.where or sample.id}: {example.length} tokens ({sum(s.tokens for s in example.images)} of them "
+            f"for pictures), but max_length is {self.max_length}"
+        )
+        if self.too_long == "truncate_turns":
+            cut = self._truncated(sample, sizes)
+            if cut is None:
+                raise TooLongError(f"{problem} and even the first exchange does not fit; raise max_length")
+            kept, dropped = cut
+            return Encoded(kept, (*notes, f"last {dropped} turns dropped: longer than max_length"))
+        if self.too_long == "drop":
+            return Encoded(None, (*notes, "dropped: longer than max_length"))
+        raise TooLongError(f"{problem}; raise data.max_length or set data.too_long to drop or truncate_turns")
+
+    def encode_unexpanded(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """(input_ids, labels) with one entry -200 per picture, as LLaVA's own files have them."""
+        chunks = self._chunks(self.template.training_spans(sample), sample.where)
+        slot = _Chunk(np.array([UNEXPANDED]), np.array([IGNORE]))
+        return _concatenate([slot if isinstance(c, Image) else c for c in chunks])
+
+    def encode_prompt(
+        self, messages: Sequence[Message], image_sizes: Sizes | None = None
+    ) -> tuple[np.ndarray, tuple[ImageSlot, ...]]:
+        """(input_ids (T,), picture slots) of a prompt that ends where the model's answer begins."""
+        pictures = tuple(p for m in messages for p in m.parts if isinstance(p, Image))
+        sizes = self._sizes(pictures, image_sizes, "prompt")
+        chunks = self._chunks(self.template.prompt_spans(messages), "prompt")
+        ids, _, slots = self._expand(chunks, sizes)
+        return ids, slots
+
+    def _example(self, sample: Sample, sizes: Sizes) -> Example:
+        chunks = self._chunks(self.template.training_spans(sample), sample.where)
+        ids, labels, slots = self._expand(chunks, sizes)
+        if not (labels[1:] != IGNORE).any():
+            raise DataError(
+                f"{sample.where or sample.id}: nothing to learn from this record with template {self.template.name}: "
+                "no answer is supervised; leave it out"
+            )
+        return Example(sample.id, ids, labels, slots, sample.where)
+
+    def _truncated(self, sample: Sample, sizes: Sizes) -> tuple[Example, int] | None:
+        """Longest head of whole exchanges that fits, and how many turns it lacks; None if not even one fits."""
+        assert self.max_length is not None
+        ends = [i + 1 for i, m in enumerate(sample.messages) if m.role == "assistant"]
+        if self.template.opening_answer == "drop" and sample.messages[ends[0] - 1] is _first_turn(sample):
+            ends = ends[1:]
+        ends = [e for e in ends if e < len(sample.messages)]
+        best: tuple[Example, int] | None = None
+        low, high = 0, len(ends)
+        while low < high:  # lengths grow with the number of exchanges
+            middle = (low + high) // 2
+            head = replace(sample, messages=sample.messages[: ends[middle]])
+            example = self._example(head, sizes[: len(head.images)])
+            if example.length <= self.max_length:
+                best, low = (example, len(sample.messages) - ends[middle]), middle + 1
+            else:
+                high = middle
+        return best
+
+    def _sizes(self, pictures: Sequence[Image], sizes: Sizes | None, where: str) -> Sizes:
+        if sizes is not None and len(sizes) != len(pictures):
+            raise ValueError(f"{where}: {len(sizes)} image sizes for {len(pictures)} pictures")
+        if sizes is None and pictures and self.layout is not None and self.layout.mode == "anyres":
+            raise ValueError(f"{where}: image mode anyres needs the pictures' sizes")
+        return sizes if sizes is not None else [(0, 0)] * len(pictures)
+
+    def _chunks(self, pieces: Sequence[Piece], where: str) -> list[_Chunk | Image]:
+        chunks: list[_Chunk | Image] = []
+        run: list[Span] = []
+        for piece in pieces:
+            if isinstance(piece, Span):
+                run.append(piece)
+                continue
+            chunks += self._tokenised(run, where)
+            chunks.append(piece)
+            run = []
+        chunks += self._tokenised(run, where)
+        first = chunks[0] if chunks else None
+        has_prefix = isinstance(first, _Chunk) and first.ids[: len(self.prefix)].tolist() == self.prefix
+        if self.prefix and not has_prefix:
+            chunks.insert(0, _Chunk(np.array(self.prefix), np.full(len(self.prefix), IGNORE)))
+        return chunks
+
+    def _tokenised(self, spans: Sequence[Span], where: str) -> list[_Chunk]:
+        """One run of text between pictures as tokens, each with its label."""
+        text = "".join(s.text for s in spans)
+        if not text:
+            return []
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids = np.array(encoding["input_ids"], dtype=np.int64)
+        if self.image_token_id is not None and (ids == self.image_token_id).any():
+            token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+            raise DataError(f"{where}: the text itself contains the image token {token}; take it out of the text")
+        learnt = np.repeat([s.supervised for s in spans], [len(s.text) for s in spans])
+        offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        return [_Chunk(ids, np.where(_overlapping(offsets, learnt), ids, IGNORE))]
+
+    def _expand(
+        self, chunks: Sequence[_Chunk | Image], sizes: Sizes
+    ) -> tuple[np.ndarray, np.ndarray, tuple[ImageSlot, ...]]:
+        slots: list[ImageSlot] = []
+        parts: list[_Chunk] = []
+        position = 0
+        for chunk in chunks:
+            if isinstance(chunk, Image):
+                if self.layout is None or self.image_token_id is None:
+                    raise ValueError("an Encoder without a layout and an image token gives unexpanded ids only")
+                width, height = sizes[len(slots)]
+                tokens = self.layout.tokens(width, height)
+                slots.append(ImageSlot(chunk, position, tokens, width, height))
+                chunk = _Chunk(np.full(tokens, self.image_token_id), np.full(tokens, IGNORE))
+            parts.append(chunk)
+            position += len(chunk.ids)
+        return *_concatenate(parts), tuple(slots)
+
+
+def _overlapping(offsets: np.ndarray, learnt: np.ndarray) -> np.ndarray:
+    """Which tokens (T,) overlap a supervised character, from offsets (T, 2) and the status of each character.
+
+    A token without characters of its own (a dummy prefix, a space that the tokenizer trims from its offsets) takes
+    the status of the character it stands before, at the end of the text that of the last one.
+    """
+    before = np.concatenate([[0], np.cumsum(learnt)])
+    start, end = offsets[:, 0], offsets[:, 1]
+    start = np.where(start == end, np.minimum(start, len(learnt) - 1), start)
+    end = np.maximum(end, start + 1)
+    return before[end] > before[start]
+
+
+def _concatenate(parts: Sequence[_Chunk]) -> tuple[np.ndarray, np.ndarray]:
+    if not parts:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    ids = np.concatenate([p.ids for p in parts]).astype(np.int64)
+    return ids, np.concatenate([p.labels for p in parts]).astype(np.int64)
+
+
+def _first_turn(sample: Sample) -> Message | None:
+    return next((m for m in sample.messages if m.role != "system"), None)
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    ids = tokenizer.get_vocab()
+    if token not in ids:
+        raise ModelError(f'the tokenizer does not hold the image token "{token}"; `lapilli build` adds it')
+    return ids[token]
+
+
+def _text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that the tokenizer puts before a text by itself: its BOS, or nothing."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return list(whole[:start])
+    raise ModelError(f"tokenizer {type(tokenizer).__name__}: can't tell what it puts before a text")
