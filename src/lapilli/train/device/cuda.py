@@ -1,0 +1,43 @@
+"""One CUDA GPU as a training device."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from lapilli.base.errors import RunError
+
+
+class Cuda:
+    """One process on the current CUDA device."""
+
+    name = "cuda"
+
+    def __init__(self) -> None:
+        """Raises RunError where PyTorch sees no CUDA device."""
+        if not torch.cuda.is_available():
+            raise RunError("run.device: cuda: PyTorch sees no CUDA device; use cpu, or install a CUDA build of PyTorch")
+        self.device = torch.device("cuda", torch.cuda.current_device())
+
+    def autocast(self, precision: str) -> AbstractContextManager[None]:
+        """Compute in bf16 inside the context if `precision` is bf16."""
+        return torch.autocast("cuda", torch.bfloat16) if precision == "bf16" else nullcontext()  # type: ignore[return-value]
+
+    def be_deterministic(self) -> None:
+        """Refuse operations that may differ from run to run; cuBLAS reads its part before its first call."""
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+    def peak_memory_bytes(self) -> int:
+        """Largest memory that PyTorch has held on the device so far."""
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def random_state(self) -> dict[str, torch.Tensor]:
+        return {"cuda": torch.cuda.get_rng_state(self.device)}
+
+    def set_random_state(self, state: dict[str, torch.Tensor]) -> None:
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+    def describe(self) -> str:
+        return torch.cuda.get_device_name(self.device)

@@ -1,0 +1,70 @@
+"""From a packed Batch to its loss, as one module.
+
+Everything that needs gradients runs inside one `forward`, because that is what parallel wrappers (DDP, FSDP) hook
+into. Only positions that are supervised reach the output layer, and where their logits would be large they are
+computed in pieces and again in the backward pass, so that memory does not grow with the vocabulary.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lapilli.data.image import ImageSpec, normalise
+from lapilli.data.sample import IGNORE, Batch
+from lapilli.model.vlm import VisionLanguageModel
+
+LOGITS_AT_ONCE = 2**25
+"""Logits held at one time, in numbers: 128 MiB in fp32, and as much again for their gradient."""
+
+
+class LossModule(nn.Module):
+    """Sum of the cross entropies of a Batch's supervised tokens."""
+
+    def __init__(self, model: VisionLanguageModel, image: ImageSpec) -> None:
+        super().__init__()
+        self.model = model
+        self.image = image
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, int]:
+        """Return (sum of fp32 losses, number of supervised tokens) of a Batch that is on the model's device.
+
+        A Batch without supervised tokens gives a zero without gradient.
+        """
+        # labels[t] is token t itself; it is predicted from the state of position t - 1 of the same Example.
+        targets_at = (batch.labels != IGNORE).nonzero().flatten()
+        count = len(targets_at)
+        if count == 0:
+            return batch.labels.new_zeros((), dtype=torch.float32), 0
+        model, keep, targets = self.model, targets_at - 1, batch.labels[targets_at]
+        embeds = model.embed(batch.input_ids, self._features(batch))
+        if model.config.head != "direct":
+            logits = model.packed_logits(embeds, batch.position_ids, batch.cu_seqlens, keep)
+            return _cross_entropy(logits, targets), count
+        states = model.hidden_states(embeds, batch.position_ids, batch.cu_seqlens)
+        return self._loss_of_states(states.index_select(0, keep), targets), count
+
+    def _features(self, batch: Batch) -> torch.Tensor | None:
+        if not batch.images:
+            return None
+        (pixels,) = batch.images.values()
+        tiles = normalise(pixels.tiles, self.image)
+        return self.model.encode_images(tiles, pixels.tiles_per_image, pixels.sizes)
+
+    def _loss_of_states(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Loss of states (S, D) against targets (S,), through the output layer in pieces."""
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        rows = max(1, LOGITS_AT_ONCE // vocabulary)
+        if len(states) <= rows:
+            return _cross_entropy(self.model.head(states), targets)
+        total = states.new_zeros((), dtype=torch.float32)
+        for piece, wanted in zip(states.split(rows), targets.split(rows), strict=True):
+            total = total + checkpoint(self._piece, piece, wanted, use_reentrant=False)
+        return total
+
+    def _piece(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return _cross_entropy(self.model.head(states), targets)
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="sum")

@@ -1,0 +1,57 @@
+"""`metrics.jsonl`: one JSON object per optimiser step, each step once, whatever happened to the run."""
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lapilli.base.errors import RunError
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the steps written so far; a last line that a crash cut short is left out.
+
+    Raises RunError for any other line that is not JSON.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise RunError(f"{path}: line {number} is not JSON: {error}") from error
+    return rows
+
+
+class MetricsFile:
+    """Appends steps to `metrics.jsonl`. Lines after `resumed_step` are of work that was lost and are cut off."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        rows = [row for row in read_metrics(path) if row["step"] <= resumed_step]
+        aside = path.with_suffix(".jsonl.partial")
+        aside.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        os.replace(aside, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def make_durable(self) -> None:
+        """Have the disk hold every line; done before each checkpoint, which must not be ahead of its metrics."""
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> "MetricsFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()

@@ -1,0 +1,86 @@
+"""Which parameter learns how fast, and the optimiser that does it.
+
+Groups are those of the original trainer: matrices decay, biases and norms don't; the projector and the vision encoder
+may have learning rates of their own. The schedule scales every group by the same factor.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lapilli.recipe.schema import Train
+
+PARTS = ("language_model", "vision_encoder", "projector")
+
+
+@dataclass
+class ParameterGroup:
+    """Parameters that share learning rate and weight decay."""
+
+    name: str
+    learning_rate: float
+    weight_decay: float
+    names: list[str] = field(default_factory=list)
+    parameters: list[nn.Parameter] = field(default_factory=list)
+
+    @property
+    def numel(self) -> int:
+        return sum(p.numel() for p in self.parameters)
+
+
+def part_of(name: str) -> str:
+    """Return which part of the model a parameter belongs to, by its full name; what joins the parts is projector."""
+    head = name.split(".", 1)[0]
+    return head if head in PARTS else "projector"
+
+
+def decays(name: str, parameter: torch.Tensor) -> bool:
+    """Whether weight decay applies: not to vectors (norms, newlines) and nothing called bias."""
+    return parameter.ndim > 1 and "bias" not in name
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], train: Train) -> list[ParameterGroup]:
+    """Sort the trainable parameters into groups, two (decay, no decay) per learning rate; a group may be empty.
+
+    Parts without a learning rate of their own share the first two groups.
+    """
+    own = {"projector": train.projector_learning_rate, "vision_encoder": train.vision_learning_rate}
+    rates = {"model": train.learning_rate, **{part: rate for part, rate in own.items() if rate is not None}}
+    groups = {
+        (part, decay): ParameterGroup(
+            f"{part}, {'decay' if decay else 'no decay'}", rate, train.weight_decay if decay else 0.0
+        )
+        for part, rate in rates.items()
+        for decay in (True, False)
+    }
+    for name, parameter in named:
+        if parameter.requires_grad:
+            part = part_of(name)
+            group = groups[part if part in rates else "model", decays(name, parameter)]
+            group.names.append(name)
+            group.parameters.append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(groups: Iterable[ParameterGroup], train: Train) -> torch.optim.Optimizer:
+    """Return the optimiser over the groups that hold something.
+
+    `fused` updates all moments in one pass over memory; its arithmetic is per element, so it is repeatable bit for bit.
+    """
+    filled = [
+        {"params": g.parameters, "lr": g.learning_rate, "weight_decay": g.weight_decay, "peak": g.learning_rate}
+        for g in groups
+        if g.parameters
+    ]
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(filled, lr=train.learning_rate, momentum=train.momentum)
+    fused = all(p.dtype == torch.float32 for group in filled for p in group["params"])
+    return torch.optim.AdamW(filled, lr=train.learning_rate, betas=train.betas, eps=train.eps, fused=fused)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Scale every group's peak learning rate by `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
