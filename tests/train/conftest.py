@@ -17,7 +17,7 @@ VOCABULARY = 97
 LAYOUT = ImageLayout(tile_height=8, tile_width=8, grid_height=2, grid_width=2)
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_model():
     """Build a VisionLanguageModel of a few thousand parameters; the same one for the same seed."""
 
@@ -38,7 +38,7 @@ def tiny_model():
     return make
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_step():
     """Draw a step's Examples, a third of them text only, with their pictures."""
 
@@ -59,7 +59,7 @@ def tiny_step():
     return make
 
 
-@pytest.fixture()
+@pytest.fixture
 def split():
     """Pack a step's Examples into `parts` micro-batches."""
 
@@ -71,6 +71,6 @@ def split():
     return make
 
 
-@pytest.fixture()
+@pytest.fixture
 def image_spec():
     return ImageSpec(size=(8, 8), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))

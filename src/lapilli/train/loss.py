@@ -53,7 +53,7 @@ class LossModule(nn.Module):
 
     def _loss_of_states(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Loss of states (S, D) against targets (S,), through the output layer in pieces."""
-        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        vocabulary = self.model.config.text_config.get_text_config().vocab_size
         rows = max(1, LOGITS_AT_ONCE // vocabulary)
         if len(states) <= rows:
             return _cross_entropy(self.model.head(states), targets)
