@@ -7,6 +7,7 @@ asks of attention beyond the plain form (sliding window, soft-capping, sinks, gr
 argument that is not known here is refused, because ignoring it would silently train another model.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def packed_attention(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     bounds = cu_seq_lens_q.tolist()
     outputs = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
         window = sliding_window if sliding_window is not None and end - start > sliding_window else None
         if plain:
@@ -98,7 +99,16 @@ def _varlen(
     # transformers counts the token itself in its window, the kernel counts the tokens before it.
     left = window - 1 if window is not None else -1
     out = varlen_attn(
-        q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        v,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(left, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     assert isinstance(out, torch.Tensor)
     return out[None]

@@ -16,7 +16,7 @@ class LapilliConfig(PreTrainedConfig):
     """Configuration of `lapilli.model.vlm.VisionLanguageModel`.
 
     `feature_layers` are indices into the encoder's hidden states (0: the embeddings, -1: the last layer), one or
-    several, concatenated over the hidden dimension. `feature_select` is `patch` (patch tokens only) or `cls_patch`
+    several, concatenated over the hidden dimension. `image_row` says whether the image token has an embedding row. `feature_select` is `patch` (patch tokens only) or `cls_patch`
     (every token). `prefix_tokens` counts the tokens before the patches. `packing` is `varlen`, `mask4d` or `padded`;
     `head` says whether the output layer may be applied to chosen positions alone (`direct`) or only inside the
     language model's own forward pass (`forward`).
@@ -37,6 +37,7 @@ class LapilliConfig(PreTrainedConfig):
         layout: dict[str, Any] | None = None,
         image_token_id: int = 0,
         image_newline: bool = False,
+        image_row: bool = True,
         packing: str = "varlen",
         head: str = "direct",
         **kwargs: Any,
@@ -51,6 +52,7 @@ class LapilliConfig(PreTrainedConfig):
         self.layout = layout or {}
         self.image_token_id = image_token_id
         self.image_newline = image_newline
+        self.image_row = image_row
         self.packing = packing
         self.head = head
         kwargs.setdefault("tie_word_embeddings", bool(getattr(self.text_config, "tie_word_embeddings", False)))

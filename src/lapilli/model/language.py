@@ -135,7 +135,9 @@ def probe_language(config: PreTrainedConfig) -> LanguageTraits:
                 logits = packed_logits(model, embeds, positions, bounds, keep, packing)
                 difference = _difference(logits, alone)
                 if difference < _TOLERANCE:
-                    return LanguageTraits(packing, _probe_head(model, embeds, positions, bounds, packing, alone), "; ".join(reasons))
+                    return LanguageTraits(
+                        packing, _probe_head(model, embeds, positions, bounds, packing, alone), "; ".join(reasons)
+                    )
                 reasons.append(f"{packing}: logits differ by {difference:.1e} from those of unpacked sequences")
             except (*SHRINK_ERRORS, ModelError) as error:
                 reasons.append(f"{packing}: {error}")

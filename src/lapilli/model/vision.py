@@ -18,7 +18,7 @@ from lapilli.base.errors import ModelError
 from lapilli.model.shrink import SHRINK_ERRORS, shrunken
 
 
-class _Leave(Exception):  # noqa: N818  (a jump out of a forward pass, not an error)
+class _Leave(Exception):
     """Leaves an encoder's forward pass once the last wanted layer has run."""
 
 
@@ -96,7 +96,9 @@ def read_layers(encoder: PreTrainedModel, pixels: torch.Tensor, layers: Sequence
     Layers above the highest index are not run. The last layer's state is read as the encoder itself reports it,
     because some encoders normalise it and some don't.
     """
-    inputs = to_flat_patches(pixels, encoder.config.patch_size) if takes_flat_patches(encoder) else {"pixel_values": pixels}
+    inputs = (
+        to_flat_patches(pixels, encoder.config.patch_size) if takes_flat_patches(encoder) else {"pixel_values": pixels}
+    )
     blocks = find_layers(encoder)
     wanted = resolve_layers(layers, len(blocks))
     if max(wanted) == len(blocks):
@@ -183,7 +185,9 @@ def probe_vision(config: PreTrainedConfig, tile: tuple[int, int]) -> VisionGeome
                 f"{config.model_type} can't be used as a vision encoder for {width}x{height} pictures: {error}"
             ) from error
     if state.ndim != 3 or not torch.allclose(state, reported, atol=1e-5):
-        raise ModelError(f"{config.model_type} can't be used as a vision encoder: its layer outputs are not token lists")
+        raise ModelError(
+            f"{config.model_type} can't be used as a vision encoder: its layer outputs are not token lists"
+        )
     prefix = state.shape[1] - grid_height * grid_width
     if prefix < 0:
         raise ModelError(

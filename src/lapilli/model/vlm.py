@@ -72,9 +72,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
 
     # ---- pictures -------------------------------------------------------------------------------------------------
 
-    def encode_images(
-        self, pixels: torch.Tensor, tiles_per_image: torch.Tensor, sizes: torch.Tensor
-    ) -> torch.Tensor:
+    def encode_images(self, pixels: torch.Tensor, tiles_per_image: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
         """Encode and project pictures, and lay their features out as the text has places for them.
 
         `pixels` (tiles, C, H, W) normalised, `tiles_per_image` (I,), `sizes` (I, 2) each picture's own (width,
@@ -119,8 +117,10 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
 
         Raises ModelError if image tokens and features differ in number.
         """
-        embeds = self.get_input_embeddings()(input_ids)
-        places = (input_ids == self.config.image_token_id).nonzero(as_tuple=True)[0]
+        is_image = input_ids == self.config.image_token_id
+        places = is_image.nonzero(as_tuple=True)[0]
+        # The image token's own row is never read: it may be missing, and its gradient would be zero.
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         features = 0 if image_features is None else image_features.shape[0]
         if len(places) != features:
             raise ModelError(
@@ -131,9 +131,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             return embeds
         return embeds.index_copy(0, places, image_features.to(embeds.dtype))
 
-    def hidden_states(
-        self, embeds: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor
-    ) -> torch.Tensor:
+    def hidden_states(self, embeds: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """Run the language model over a packed sequence, each segment by itself.
 
         embeds (T, D), position_ids (T,) restarting with each segment, cu_seqlens (N+1,) int32 -> states (T, D).
@@ -150,9 +148,17 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         """Logits (S, V) of a packed sequence at positions `keep` (S,), whatever the language model's head."""
         if self.config.head == "direct":
             return self.head(self.hidden_states(embeds, position_ids, cu_seqlens)[keep])
-        return language.packed_logits(
-            self.language_model, embeds, position_ids, cu_seqlens, keep, self.config.packing
-        )
+        return language.packed_logits(self.language_model, embeds, position_ids, cu_seqlens, keep, self.config.packing)
+
+    def without_image_token(self, logits: torch.Tensor) -> torch.Tensor:
+        """Take the image token out of the running: its logit (last dimension V) becomes -inf.
+
+        It is never an answer, and its row was added to a vocabulary that the language model learned without it.
+        """
+        if self.config.image_token_id >= logits.shape[-1]:
+            return logits
+        index = torch.tensor([self.config.image_token_id], device=logits.device)
+        return logits.index_fill(-1, index, float("-inf"))
 
     # ---- as any transformers model --------------------------------------------------------------------------------
 
@@ -198,7 +204,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         out = self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         loss = None
         if labels is not None:
-            logits = out.logits[:, :-1].flatten(0, 1).float()
+            logits = self.without_image_token(out.logits[:, :-1].flatten(0, 1).float())
             loss = nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORE)
         return CausalLMOutputWithPast(loss=loss, logits=out.logits, past_key_values=out.past_key_values)
 

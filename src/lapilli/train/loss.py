@@ -40,7 +40,7 @@ class LossModule(nn.Module):
         embeds = model.embed(batch.input_ids, self._features(batch))
         if model.config.head != "direct":
             logits = model.packed_logits(embeds, batch.position_ids, batch.cu_seqlens, keep)
-            return _cross_entropy(logits, targets), count
+            return self._cross_entropy(logits, targets), count
         states = model.hidden_states(embeds, batch.position_ids, batch.cu_seqlens)
         return self._loss_of_states(states.index_select(0, keep), targets), count
 
@@ -56,15 +56,14 @@ class LossModule(nn.Module):
         vocabulary = self.model.config.text_config.get_text_config().vocab_size
         rows = max(1, LOGITS_AT_ONCE // vocabulary)
         if len(states) <= rows:
-            return _cross_entropy(self.model.head(states), targets)
+            return self._piece(states, targets)
         total = states.new_zeros((), dtype=torch.float32)
         for piece, wanted in zip(states.split(rows), targets.split(rows), strict=True):
             total = total + checkpoint(self._piece, piece, wanted, use_reentrant=False)
         return total
 
     def _piece(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return _cross_entropy(self.model.head(states), targets)
+        return self._cross_entropy(self.model.head(states), targets)
 
-
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    def _cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.model.without_image_token(logits.float()), targets, reduction="sum")

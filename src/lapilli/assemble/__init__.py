@@ -1,0 +1,1 @@
+"""From parts to a model folder, and from any folder to a model."""

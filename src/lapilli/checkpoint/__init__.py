@@ -1,0 +1,1 @@
+"""Every on-disk model format, read and written."""

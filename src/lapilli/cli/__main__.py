@@ -1,0 +1,5 @@
+"""`python -m lapilli.cli` is `lapilli`."""
+
+from lapilli.cli.main import main
+
+main()
