@@ -5,6 +5,7 @@ names the nearest valid one. Nothing here imports torch, so a wrong recipe is re
 """
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -29,6 +30,14 @@ class Source(Section):
     """LLaVA JSON or JSONL file. A relative path is relative to the recipe file."""
     images: str | None = None
     """Folder that picture paths are relative to; no picture outside it is ever opened. Null: `data.images`."""
+
+
+def _with_images(given: Any, images: Any) -> Any:
+    """Complete one source: a plain path becomes a mapping, and the picture folder is filled in."""
+    one = {"path": given} if isinstance(given, str) else given
+    if not isinstance(one, dict) or one.get("images") is not None or not isinstance(one.get("path"), str):
+        return one
+    return {**one, "images": images if images is not None else str(Path(one["path"]).parent)}
 
 
 class Data(Section):
@@ -71,9 +80,7 @@ class Data(Section):
             if isinstance(given, str | dict | Source):
                 given = [given]
             if isinstance(given, list | tuple):
-                given = [{"path": one} if isinstance(one, str) else one for one in given]
-                root = value.get("images")
-                value[split] = [{"images": root, **one} if root and isinstance(one, dict) else one for one in given]
+                value[split] = [_with_images(one, value.get("images")) for one in given]
         return value
 
 

@@ -1,0 +1,124 @@
+"""The run folder: who may write in it, and where a run that was interrupted goes on.
+
+    recipe.yaml     the resolved recipe, with the origin of every value
+    run.json        the facts that an interrupted run and its continuation must share, and what the run was made with
+    metrics.jsonl   one object per optimiser step
+    checkpoints/    the state of the run
+    model/          the trained model, written last: a folder with it is finished
+    report.html     loss curves and totals
+
+A folder that holds anything else is never written to.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lapilli.base import atomic
+from lapilli.base.errors import RunError
+from lapilli.recipe.schema import Stage
+from lapilli.train.state import complete_checkpoints
+
+MANIFEST = "run.json"
+_FREE = {
+    "train": {"tokens_per_micro_batch", "gradient_checkpointing", "validate_every", "save_every", "keep_checkpoints"},
+    "data": {"workers", "max_image_pixels", "max_image_bytes", "train", "validation", "images"},
+}
+"""Keys that may differ when a run goes on. Data files are compared by what they hold, by the index's stamp."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run, and the checkpoint it goes on from (None: from the start)."""
+
+    path: Path
+    resume_from: Path | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+
+def run_facts(stage: Stage) -> dict[str, Any]:
+    """Return what decides the result of a run, but for its data, as flat dotted keys."""
+    whole = stage.model_dump(mode="json")
+    facts = {"model": whole["model"], "run.seed": whole["run"]["seed"], "run.precision": whole["run"]["precision"]}
+    for section, free in _FREE.items():
+        facts |= {f"{section}.{key}": value for key, value in whole[section].items() if key not in free}
+    return facts
+
+
+def is_finished(stage: Stage) -> bool:
+    """Whether the stage's folder holds the finished run of the same recipe."""
+    folder = Path(str(stage.out))
+    return (folder / "model").is_dir() and not _differences(_manifest_facts(folder), run_facts(stage))
+
+
+def open_folder(stage: Stage, resume: str) -> RunFolder:
+    """Decide what happens in the stage's folder, without writing anything.
+
+    `resume`: `auto` goes on where an interrupted run of the same recipe stopped, `never` takes only a folder that is
+    new or empty, and a path goes on from that checkpoint. Raises RunError for a folder that holds a finished run,
+    another run or something else.
+    """
+    folder = Path(str(stage.out))
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder}: is a file; give another folder with out=...")
+    present = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    present = [name for name in present if not name.startswith(".")]
+    if not present:
+        return RunFolder(folder, None if resume in ("auto", "never") else _checkpoint(Path(resume), stage))
+    if (folder / "model").is_dir():
+        raise RunError(f"{folder}: holds a finished run; give another folder with out=..., or remove it")
+    if not (folder / MANIFEST).is_file():
+        raise RunError(f"{folder}: holds other files ({', '.join(present[:3])}) and no run; give another with out=...")
+    if resume == "never":
+        raise RunError(
+            f"{folder}: holds an interrupted run; resume it with --resume auto, or give another with out=..."
+        )
+    _refuse_differences(_manifest_facts(folder), run_facts(stage), str(folder))
+    if resume != "auto":
+        return RunFolder(folder, _checkpoint(Path(resume), stage))
+    complete = complete_checkpoints(folder / "checkpoints")
+    return RunFolder(folder, complete[-1] if complete else None)
+
+
+def _checkpoint(path: Path, stage: Stage) -> Path:
+    if not atomic.is_complete(path):
+        raise RunError(
+            f"--resume {path}: not a complete checkpoint (give auto, never or a checkpoints/step-... folder)"
+        )
+    run = path.resolve().parent.parent
+    if (run / MANIFEST).is_file():
+        _refuse_differences(_manifest_facts(run), run_facts(stage), str(path))
+    return path
+
+
+def _manifest_facts(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["facts"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        return {}
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    keys = [key for key in dict.fromkeys([*there, *here]) if there.get(key) != here.get(key)]
+    return [f"{key}: {there.get(key)} there, {here.get(key)} now" for key in keys]
+
+
+def _refuse_differences(there: dict[str, Any], here: dict[str, Any], where: str) -> None:
+    differing = _differences(there, here)
+    if differing:
+        raise RunError(
+            f"{where}: holds a run of another recipe; give another folder with out=..., or its own values:\n  "
+            + "\n  ".join(differing)
+        )

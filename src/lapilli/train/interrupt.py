@@ -1,0 +1,32 @@
+"""SIGINT and SIGTERM as a wish to stop: the step under way is finished and the run's state is saved.
+
+A second SIGINT stops at once, for a user who does not want to wait.
+"""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+
+class StopWish:
+    """While entered, remembers that the process was asked to stop; elsewhere than in the main thread, does nothing."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopWish":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
