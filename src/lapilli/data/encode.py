@@ -201,9 +201,10 @@ class Encoder:
                 width, height = sizes[len(slots)]
                 tokens = self.layout.tokens(width, height)
                 slots.append(ImageSlot(chunk, position, tokens, width, height))
-                chunk = _Chunk(np.full(tokens, self.image_token_id), np.full(tokens, IGNORE))
-            parts.append(chunk)
-            position += len(chunk.ids)
+                parts.append(_Chunk(np.full(tokens, self.image_token_id), np.full(tokens, IGNORE)))
+            else:
+                parts.append(chunk)
+            position += len(parts[-1].ids)
         return *_concatenate(parts), tuple(slots)
 
 

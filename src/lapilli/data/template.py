@@ -84,7 +84,8 @@ class Template(Marks):
     training: Marks | None = None
     """Marks of the training text where the original trained on another text than it prompts with; without examples."""
     chat_template: str | None = None
-    """A Jinja template to use instead of all marks, as a tokenizer carries it."""
+    """A Jinja template to use instead of the marks, as a tokenizer carries it. Of these only `answer_prefix` counts:
+    all that stands between a question and the answer to it."""
     special_tokens: dict[str, str] = {}
     """What `chat_template` may refer to, such as `bos_token`."""
     end_marks: tuple[str, ...] = ()

@@ -29,7 +29,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     folder = Path(path)
     if folder.is_dir():
-        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        if not any(
+            (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+        ):
             raise ModelError(f"{path}: no tokenizer here (neither tokenizer.json nor tokenizer.model)")
         if _is_sentencepiece_llama(folder):
             return _from_sentencepiece(folder)
@@ -101,7 +103,9 @@ def _as_in_file(tokenizer: Any, folder: Path) -> PreTrainedTokenizerBase:
     written, loaded = json.loads(file.read_text(encoding="utf-8")), json.loads(tokenizer.backend_tokenizer.to_str())
     if all(written.get(key) == loaded.get(key) for key in ("normalizer", "pre_tokenizer")):
         return tokenizer
-    log.info("%s: %s splits text in another way than tokenizer.json; the file is used", folder, type(tokenizer).__name__)
+    log.info(
+        "%s: %s splits text in another way than tokenizer.json; the file is used", folder, type(tokenizer).__name__
+    )
     return PreTrainedTokenizerFast.from_pretrained(str(folder))
 
 
