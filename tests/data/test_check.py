@@ -1,0 +1,180 @@
+"""Every bad record is found before training starts; nothing is left out silently; the index fits or is made again."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from lapilli.base.errors import DataError
+from lapilli.data import check
+from lapilli.data.check import BadData, index
+from lapilli.data.image import ImageLimits
+from lapilli.recipe.schema import Source
+
+
+def read(source):
+    return json.loads(Path(source.path).read_text())
+
+
+def write(source, records):
+    Path(source.path).write_text(json.dumps(records))
+
+
+def run(source, encoder, spec, **options):
+    sources = [source] if isinstance(source, Source) else source
+    return index(sources, encoder, spec, stream=io.StringIO(), **options)
+
+
+@pytest.mark.parametrize("mode", ["square", "pad", "anyres"])
+def test_the_index_says_what_encoding_gives(world, make_encoder, make_spec, mode):
+    encoder = make_encoder(mode)
+    corpus = run(world, encoder, make_spec(mode))
+    assert len(corpus) == corpus.index.records == 23
+    for i in range(23):
+        placed = corpus.samples[i]
+        sizes = [PIL.Image.open(Path(placed.root) / image.path).size for image in placed.sample.images]
+        assert corpus.index.image_sizes(i) == sizes
+        example = encoder.encode(placed.sample, sizes)
+        assert (example.length, example.supervised) == (corpus.index.lengths[i], corpus.index.supervised[i])
+        assert (corpus.index.words[i] > 0) == bool(sizes)
+    assert corpus.index.summary()["pictures"] == 8 + 2 * 7
+
+
+def test_every_bad_record_is_listed_by_kind(world, make_encoder, make_spec):
+    records = read(world)
+    for i in (0, 2, 3, 5, 6):
+        records[i]["image"] = [f"gone{i}.png"] * len(records[i]["image"])
+    records[9]["image"] = ["../chat.json"]
+    (Path(world.images) / "12_0.png").write_bytes(b"\x89PNG\r\n\x1a\nhalf")
+    records[1]["conversations"][1]["value"] = ""
+    records[4]["conversations"][0]["value"] = "<image> but no picture"
+    records[7]["conversations"] = records[7]["conversations"][:1]
+    write(world, records)
+    with pytest.raises(BadData) as caught:
+        run(world, make_encoder(), make_spec())
+    message = str(caught.value)
+    assert len(caught.value.problems) == 10
+    for i in (0, 1, 2, 3, 4, 5, 6, 7, 9, 12):
+        assert sum(f"(id r{i})" in problem for problem in caught.value.problems) == 1
+    assert message.startswith("10 of 23 records can't be used:")
+    assert "5 x image" in message.splitlines()[1]
+    assert "... and 2 more" in message
+    assert "leaves the image folder" in message
+
+
+def test_one_bad_record_is_one_line(world, make_encoder, make_spec):
+    (Path(world.images) / "3_0.png").unlink()
+    with pytest.raises(
+        BadData, match=r'^\S+chat\.json: record 4 \(id r3\): image "3_0\.png": there is no file'
+    ) as caught:
+        run(world, make_encoder(), make_spec())
+    assert "\n" not in str(caught.value)
+
+
+def test_budgets_hold_before_training(world, make_encoder, make_spec):
+    with pytest.raises(BadData, match="more than 900 pixels"):
+        run(world, make_encoder(), make_spec(), limits=ImageLimits(max_pixels=900))
+    PIL.Image.new("1", (40_000, 1)).save(Path(world.images) / "0_0.png")
+    with pytest.raises(BadData, match=r'id r0.*image "0_0\.png".*long and thin'):
+        run(world, make_encoder(), make_spec())
+
+
+def test_too_long_is_an_error_or_is_counted(world, make_encoder, make_spec):
+    lengths = run(world, make_encoder(), make_spec()).index.lengths
+    limit = int(np.sort(lengths)[-5])
+    over = int((lengths > limit).sum())
+    assert over > 1
+    with pytest.raises(BadData, match=f"{over} of 23 records"):
+        run(world, make_encoder(max_length=limit), make_spec())
+    corpus = run(world, make_encoder(max_length=limit, too_long="drop"), make_spec())
+    assert (len(corpus), corpus.index.dropped, len(corpus.index.notes)) == (23 - over, over, over)
+    assert list(corpus.index.note_counts().values()) == [over]
+    assert corpus.index.lengths.max() == limit
+    assert all("record" in note.where for note in corpus.index.notes)
+    with pytest.raises(DataError, match="nothing is left"):
+        run(world, make_encoder(max_length=5, too_long="drop"), make_spec())
+
+
+def test_dropped_turns_are_counted_and_the_record_stays(world, make_encoder, make_spec):
+    records = read(world)[:3]
+    records[0]["conversations"] += [
+        {"from": "human", "value": "<image>And this " + "long " * 90},
+        {"from": "gpt", "value": "Yes"},
+    ]
+    records[0]["image"].append("2_0.png")
+    write(world, records)
+    corpus = run(world, make_encoder(max_length=300, too_long="truncate_turns"), make_spec())
+    assert len(corpus) == 3
+    assert corpus.index.lengths.max() <= 300
+    (note,) = corpus.index.notes
+    assert "id r0" in note.where
+    assert "2 turns dropped" in note.reason
+
+
+def test_a_kept_index_gives_the_same_corpus_without_opening_a_picture(
+    world, make_encoder, make_spec, tmp_path, monkeypatch
+):
+    limit = int(np.sort(run(world, make_encoder(), make_spec()).index.lengths)[-4])
+    options = {"cache": tmp_path / "cache"}
+    encoder = make_encoder(max_length=limit, too_long="drop")
+    first = run(world, encoder, make_spec(), **options)
+    monkeypatch.setattr(check, "image_size", None)
+    second = run(world, encoder, make_spec(), **options)
+    assert [p.sample for p in second.samples] == [p.sample for p in first.samples]
+    assert second.index.notes == first.index.notes
+    assert second.index.summary() == first.index.summary()
+    for name in ("kept", "lengths", "supervised", "pictures", "words", "sizes"):
+        assert np.array_equal(getattr(first.index, name), getattr(second.index, name))
+        assert getattr(first.index, name).dtype == getattr(second.index, name).dtype
+
+
+def test_what_decides_tokens_changes_the_stamp(world, make_encoder, make_spec):
+    def stamp(mode="pad", spec_mode=None, source=world, placement="keep", limits=None, **options):
+        spec = make_spec(spec_mode or mode)
+        return run(source, make_encoder(mode, **options), spec, placement=placement, limits=limits).index.stamp
+
+    stamps = [
+        stamp(),
+        stamp(mode="square"),
+        stamp(max_length=999),
+        stamp(max_length=999, too_long="drop"),
+        stamp(placement="front"),
+        stamp(im_start_end=True),
+        stamp(limits=ImageLimits(max_pixels=10_000)),
+    ]
+    records = read(world)
+    records[0]["conversations"][1]["value"] += "!"
+    write(world, records)
+    stamps.append(stamp())
+    assert len(set(stamps)) == len(stamps)
+    assert stamp() == stamps[-1]
+
+
+def test_a_damaged_index_is_refused_by_name(world, make_encoder, make_spec, tmp_path):
+    run(world, make_encoder(), make_spec(), cache=tmp_path / "cache")
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_bytes(kept.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"index-\w+\.npz: the data index is damaged"):
+        run(world, make_encoder(), make_spec(), cache=tmp_path / "cache")
+
+
+def test_processes_find_what_one_finds(world, make_encoder, make_spec, monkeypatch):
+    monkeypatch.setattr(check, "CHUNK_RECORDS", 4)
+    alone = run(world, make_encoder(), make_spec())
+    together = run(world, make_encoder(), make_spec(), workers=2)
+    assert [p.sample for p in together.samples] == [p.sample for p in alone.samples]
+    assert np.array_equal(together.index.lengths, alone.index.lengths)
+    assert np.array_equal(together.index.sizes, alone.index.sizes)
+
+
+def test_several_sources_keep_their_own_image_folders(world, make_encoder, make_spec, tmp_path):
+    text = tmp_path / "text.json"
+    text.write_text(json.dumps([r for r in read(world) if "image" not in r]))
+    corpus = run([Source(path=str(text)), world], make_encoder(), make_spec())
+    assert [corpus.samples[i].root for i in (0, 8)] == [None, world.images]
+    assert len(corpus) == 8 + 23
+    with pytest.raises(BadData, match="names no image folder"):
+        run(Source(path=world.path), make_encoder(), make_spec())

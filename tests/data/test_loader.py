@@ -1,0 +1,164 @@
+"""A step depends on seed and number alone; every sample comes once per epoch; a bad record is named."""
+
+import io
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from lapilli.base.errors import DataError, RecipeError
+from lapilli.data.check import Corpus, index
+from lapilli.data.image import to_tiles
+from lapilli.data.loader import TrainLoader
+from lapilli.data.pack import VISION, ExampleTooLong
+
+
+@pytest.fixture
+def make_loader(world, make_encoder, make_spec):
+    def make(mode="pad", corpus: Corpus | None = None, **options):
+        encoder, spec = make_encoder(mode), make_spec(mode)
+        corpus = corpus or index([world], encoder, spec, stream=io.StringIO())
+        if "micro_batch_size" not in options:
+            options.setdefault("tokens_per_micro_batch", 700)
+        return TrainLoader(corpus, encoder, spec, **({"global_batch_size": 5} | options))
+
+    return make
+
+
+def flat(step):
+    """A Step as comparable plain values, waiting time left out."""
+    batches = []
+    for b in step.batches:
+        pixels = [(k, p.tiles.tolist(), p.tiles_per_image.tolist(), p.sizes.tolist()) for k, p in b.images.items()]
+        batches.append((b.ids, b.input_ids.tolist(), b.labels.tolist(), b.cu_seqlens.tolist(), pixels))
+    return step.step, step.epoch, step.samples, step.ids, batches
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mode": "anyres"},
+        {"order": "modality_groups_llava", "global_batch_size": 6, "micro_batch_size": 2},
+        {"micro_batch_size": 2},
+    ],
+)
+def test_a_step_is_the_same_from_any_start_with_any_workers(make_loader, options):
+    whole = [flat(step) for step in make_loader(total_steps=11, **options)]
+    assert [step[0] for step in whole] == list(range(11))
+    for workers, start in ((0, 3), (1, 5), (2, 0)):
+        torch.manual_seed(workers)
+        loader = make_loader(total_steps=11, workers=workers, start_step=start, **options)
+        assert len(loader) == 11 - start
+        assert [flat(step) for step in loader] == whole[start:]
+
+
+@pytest.mark.parametrize("order", ["shuffled", "sequential", "modality_groups_llava"])
+def test_every_epoch_has_every_sample_once(make_loader, order):
+    loader = make_loader(order=order, total_steps=10)
+    assert loader.steps_per_epoch == 5
+    for epoch in range(2):
+        plans = [loader.plan(step) for step in range(epoch * 5, epoch * 5 + 5)]
+        assert [len(plan.samples) for plan in plans] == [5, 5, 5, 5, 3]
+        assert {plan.epoch for plan in plans} == {epoch}
+        assert sorted(i for plan in plans for i in plan.samples) == list(range(23))
+        assert all(sorted(i for b in plan.micro_batches for i in b) == sorted(plan.samples) for plan in plans)
+
+
+def test_a_step_does_not_depend_on_the_token_budget(make_loader):
+    small, large = make_loader(tokens_per_micro_batch=400), make_loader(tokens_per_micro_batch=100_000)
+    for step in range(5):
+        assert small.plan(step).samples == large.plan(step).samples
+        assert len(large.plan(step).micro_batches) == 1
+    for step in small:
+        assert all(batch.tokens <= 400 for batch in step.batches)
+        assert sorted(i for batch in step.batches for i in batch.ids) == sorted(step.ids)
+
+
+def test_batches_hold_the_records_own_pictures(make_loader, world, make_encoder, make_spec):
+    loader = make_loader(workers=1)
+    for step in loader:
+        for batch in step.batches:
+            sizes, tiles = [], []
+            for name in batch.ids:
+                record = int(name[1:])
+                for k in range((1, 0, 2)[record % 3]):
+                    picture = PIL.Image.open(Path(world.images) / f"{record}_{k}.png")
+                    sizes.append(list(picture.size))
+                    tiles.append(to_tiles(picture, make_spec(), make_encoder().layout))
+            if not sizes:
+                assert batch.images == {}
+                continue
+            assert batch.images[VISION].sizes.tolist() == sizes
+            assert torch.equal(batch.images[VISION].tiles, torch.cat(tiles))
+            assert int((batch.input_ids == make_encoder().image_token_id).sum()) == 4 * len(sizes)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_iterating_leaves_the_random_state_alone(make_loader, workers):
+    torch.manual_seed(1)
+    np.random.seed(1)
+    before = torch.random.get_rng_state(), np.random.get_state()[1].copy()
+    list(make_loader(workers=workers))
+    assert torch.equal(before[0], torch.random.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])
+
+
+def half(path: Path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def other_size(path: Path):
+    PIL.Image.new("RGB", (61, 61)).save(path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("damage", "word"), [(half, "truncated"), (other_size, "61 x 61"), (Path.unlink, "there is no file")]
+)
+def test_a_picture_that_goes_bad_later_stops_the_run_with_its_record(make_loader, world, workers, damage, word):
+    PIL.Image.effect_noise((50, 50), 90).convert("RGB").save(Path(world.images) / "12_0.png")
+    loader = make_loader(workers=workers, order="sequential")
+    damage(Path(world.images) / "12_0.png")
+    seen = []
+    with pytest.raises(DataError, match=rf"record 13 \(id r12\): image \"12_0.png\".*{word}"):
+        seen.extend(step.step for step in loader)
+    assert seen == [0, 1]
+
+
+def test_a_worker_that_is_killed_is_reported_with_its_record(make_loader, world, monkeypatch):
+    from lapilli.data import loader as module
+
+    real = module.open_image
+
+    def deadly(image, *rest):
+        if image.path == "12_0.png":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(image, *rest)
+
+    loader = make_loader(workers=1, order="sequential")
+    monkeypatch.setattr(module, "open_image", deadly)
+    handler = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(DataError, match=r"data worker died.*in hand were: \S+chat.json: record 13 \(id r12\)"):
+        list(loader)
+    assert signal.getsignal(signal.SIGCHLD) == handler
+
+
+def test_what_cannot_work_is_refused_before_the_first_step(make_loader):
+    corpus = make_loader().corpus
+    longest = corpus.samples[int(corpus.index.lengths.argmax())].sample.where
+    with pytest.raises(ExampleTooLong, match="tokens_per_micro_batch 100") as caught:
+        make_loader(tokens_per_micro_batch=100)
+    assert longest in str(caught.value)
+    with pytest.raises(RecipeError, match="not a multiple"):
+        make_loader(order="modality_groups_llava", micro_batch_size=2)
+    with pytest.raises(RecipeError, match="did you mean"):
+        make_loader(order="shufled")
+
+
+def test_waiting_is_measured(make_loader):
+    assert all(step.wait_seconds > 0 for step in make_loader())
