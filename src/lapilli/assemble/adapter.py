@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lapilli.base.atomic import atomic_folder
 from lapilli.base.errors import ModelError
+from lapilli.model.adapter import adapters_of
 from lapilli.model.vlm import VisionLanguageModel
 
 if TYPE_CHECKING:
@@ -26,11 +27,11 @@ _BASE = "base.json"
 
 def save_adapter(model: VisionLanguageModel, base: Path, folder: Path) -> None:
     """Write the adapters of `model.language_model` and the projector; `base` is the folder they were trained on."""
-    language: Any = model.language_model
-    if not isinstance(language, PeftModel):
+    wrapper = adapters_of(model)
+    if wrapper is None:
         raise ModelError("the model has no adapters to save")
     with atomic_folder(folder) as draft:
-        language.save_pretrained(str(draft), save_embedding_layers=False)
+        wrapper.save_pretrained(str(draft), save_embedding_layers=False)
         tensors = {f"projector.{k}": v.detach().cpu().contiguous() for k, v in model.projector.state_dict().items()}
         save_file(tensors, draft / _PROJECTOR)
         (draft / _BASE).write_text(json.dumps({"base": str(base.resolve())}, indent=2) + "\n", encoding="utf-8")

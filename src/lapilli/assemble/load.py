@@ -22,7 +22,7 @@ from lapilli.data.image import ImageSpec
 from lapilli.data.template import Template, get_template
 from lapilli.data.tokenizer import load_tokenizer
 from lapilli.model.quiet import quiet
-from lapilli.model.vlm import VisionLanguageModel
+from lapilli.model.vlm import VisionLanguageModel, register
 
 
 @dataclass
@@ -90,6 +90,7 @@ def load(
     `dtype` is float32 on CPU and bfloat16 elsewhere unless given. `template` names the conversation template for
     folders that don't say theirs. Raises ModelError for a folder that can't be read, and says what is missing.
     """
+    register()
     folder = model_folder(path)
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
     with quiet():

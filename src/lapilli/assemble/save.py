@@ -13,6 +13,7 @@ from lapilli.base.atomic import atomic_folder
 from lapilli.checkpoint import hf
 from lapilli.data.image import ImageSpec
 from lapilli.model.config import LapilliConfig
+from lapilli.model.quiet import quiet
 from lapilli.model.vision import patch_of
 from lapilli.model.vlm import VisionLanguageModel
 
@@ -22,7 +23,7 @@ def save(model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, spec: F
     spec = spec.model_copy(update={"joined": joined_fields(model.config)})
     for part in (model.config, model.config.vision_config, model.config.text_config):
         part._name_or_path = ""  # where a part once lay says nothing on another machine
-    with atomic_folder(folder) as draft:
+    with quiet(), atomic_folder(folder) as draft:
         write_spec(draft, spec)
         if spec.stored_as == "transformers":
             hf.save_hf(model, draft)

@@ -18,7 +18,7 @@ def build(
     template: str = typer.Option("vicuna_v1", help="Conversation template: a name, a YAML file, or `tokenizer`."),
     image_mode: str = typer.Option("pad", help="square (crop), pad (to a square) or anyres (tiles, as LLaVA-1.6)."),
     image_backend: str = typer.Option("exact", help="exact (Pillow's numbers) or fast (within 2/255)."),
-    feature_layer: list[int] = typer.Option([-2], help="Encoder layer to read; several are concatenated."),  # noqa: B006
+    feature_layer: list[int] = typer.Option([-2], help="Encoder layer to read; several are concatenated."),  # noqa: B008
     feature_select: str = typer.Option("patch", help="patch (drop the class token) or cls_patch (keep it)."),
     im_start_end: bool = typer.Option(False, "--im-start-end", help="Wrap pictures in <im_start> and <im_end>."),
     image_token: str = typer.Option("<image>", help="Text of the image token."),

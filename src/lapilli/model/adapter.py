@@ -1,7 +1,7 @@
 """LoRA on the language model, through PEFT.
 
-Adapters are put into `model.language_model` by wrapping that module itself, so they can't reach the vision encoder or
-the projector whatever names their layers share.
+Adapters are put into the layers of `model.language_model` alone, so they can't reach the vision encoder or the
+projector whatever names their layers share.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,8 @@ from torch import nn
 
 from lapilli.base.errors import RecipeError, nearest
 from lapilli.model.vlm import VisionLanguageModel
+
+_WRAPPER = "peft_wrapper"
 
 
 def linear_names(language_model: nn.Module, output: nn.Module | None) -> list[str]:
@@ -37,9 +39,9 @@ def add_lora(
 
     Raises RecipeError if a name in `target_modules` is no linear layer of it, or if it has adapters already.
     """
-    language: Any = model.language_model
-    if isinstance(language, PeftModel):
+    if adapters_of(model) is not None:
         raise RecipeError("train.lora: the model has adapters already; merge them first")
+    language: Any = model.language_model
     names = linear_names(language, language.get_output_embeddings())
     targets = list(target_modules) if target_modules is not None else names
     for target in targets:
@@ -62,12 +64,20 @@ def add_lora(
         exclude_modules=excluded,
         task_type="CAUSAL_LM",
     )
-    model.language_model = get_peft_model(language, config)
+    wrapper = get_peft_model(language, config)
+    # PEFT changes the layers in place, so the language model itself stays where it is. The wrapper is kept beside the
+    # module tree, for saving and merging only.
+    model.__dict__[_WRAPPER] = wrapper
     return targets
+
+
+def adapters_of(model: VisionLanguageModel) -> PeftModel | None:
+    """PEFT's wrapper of the language model, or None if it has no adapters."""
+    return model.__dict__.get(_WRAPPER)
 
 
 def merge_lora(model: VisionLanguageModel) -> None:
     """Merge the adapters into the language model's own weights; without adapters nothing changes."""
-    language: Any = model.language_model
-    if isinstance(language, PeftModel):
-        model.language_model = language.merge_and_unload()
+    wrapper: Any = model.__dict__.pop(_WRAPPER, None)
+    if wrapper is not None:
+        model.language_model = wrapper.merge_and_unload()

@@ -16,10 +16,11 @@ class LapilliConfig(PreTrainedConfig):
     """Configuration of `lapilli.model.vlm.VisionLanguageModel`.
 
     `feature_layers` are indices into the encoder's hidden states (0: the embeddings, -1: the last layer), one or
-    several, concatenated over the hidden dimension. `image_row` says whether the image token has an embedding row. `feature_select` is `patch` (patch tokens only) or `cls_patch`
-    (every token). `prefix_tokens` counts the tokens before the patches. `packing` is `varlen`, `mask4d` or `padded`;
-    `head` says whether the output layer may be applied to chosen positions alone (`direct`) or only inside the
-    language model's own forward pass (`forward`).
+    several, concatenated over the hidden dimension. `feature_select` is `patch` (patch tokens only) or `cls_patch`
+    (every token). `prefix_tokens` counts the tokens before the patches, `flat_patches` says that the encoder takes
+    patches and their shapes. `image_row` says whether the image token has an embedding row. `packing` is `varlen` or
+    `padded`; `head` says whether the output layer may be applied to chosen positions alone (`direct`) or only inside
+    the language model's own forward pass (`forward`).
     """
 
     model_type = "lapilli"

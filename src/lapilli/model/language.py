@@ -31,6 +31,12 @@ class LanguageTraits:
     """Why packing is not `varlen`; empty where it is."""
 
 
+def native_attention(model: PreTrainedModel) -> str:
+    """The attention implementation of PyTorch that a model offers: fused where it can, written out where it can't."""
+    inner: Any = getattr(model, "base_model", model)
+    return "sdpa" if getattr(inner, "_supports_sdpa", False) else "eager"
+
+
 def use_attention(language_model: PreTrainedModel, name: str) -> str:
     """Set the attention implementation of every layer and return the one before.
 

@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lapilli.base.errors import ModelError
-from lapilli.data.sample import IGNORE
 from lapilli.model import attention, language, vision
 from lapilli.model.config import LapilliConfig
 from lapilli.model.projector import build_projector
@@ -46,12 +45,16 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         attention.register()
         given = vision_encoder is not None and language_model is not None
+        for part in (config.vision_config, config.text_config):
+            # transformers has just set our own attention there; each part decides for itself below.
+            part._attn_implementation_internal = None
         self.vision_encoder: Any = vision_encoder or AutoModel.from_config(config.vision_config)
         self.language_model: Any = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        for part in (self.vision_encoder, self.language_model):
+            language.use_attention(part, language.native_attention(part))
         self.projector = build_projector(config.projector, config.vision_hidden_size, self.hidden_size)
         if config.image_newline:
             self.image_newline = nn.Parameter(torch.randn(self.hidden_size) / self.hidden_size**0.5)
-        self._native_attention: str = self.language_model.config._attn_implementation
         self.layout = config.image_layout
         if not given:
             self.post_init()
@@ -196,7 +199,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         `tiles_per_image` (I,) and `image_sizes` (I, 2) as (width, height), as the processor returns them. Other
         arguments go to the language model.
         """
-        language.use_attention(self.language_model, self._native_attention)
+        language.use_attention(self.language_model, language.native_attention(self.language_model))
         if inputs_embeds is None:
             if input_ids is None:
                 raise ModelError("forward needs input_ids or inputs_embeds")
@@ -205,7 +208,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             logits = self.without_image_token(out.logits[:, :-1].flatten(0, 1).float())
-            loss = nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORE)
+            loss = nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
         return CausalLMOutputWithPast(loss=loss, logits=out.logits, past_key_values=out.past_key_values)
 
     @torch.no_grad()
@@ -220,7 +223,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         """Generate new tokens (B, new) through the language model's own `generate`; the prompt is not repeated."""
-        language.use_attention(self.language_model, self._native_attention)
+        language.use_attention(self.language_model, language.native_attention(self.language_model))
         embeds = self._inputs_embeds(input_ids, pixel_values, tiles_per_image, image_sizes)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
