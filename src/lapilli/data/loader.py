@@ -159,6 +159,9 @@ class TrainLoader:
                 if not str(error).startswith(_DEATH):
                     raise
                 raise DataError(self._work.report_death(error)) from error
+            except (EOFError, ConnectionError, FileNotFoundError) as error:
+                # A batch's memory is handed over by the worker that made it, which is gone.
+                raise DataError(self._work.report_death(error)) from error
             if isinstance(item, _Failure):
                 raise DataError(item.message)
             yield item
@@ -255,12 +258,13 @@ class _Work(Dataset[Any]):
         except DataError as error:
             raise DataError(f'{where}: image "{slot.image.path}": {error}') from error
 
-    def report_death(self, error: RuntimeError) -> str:
+    def report_death(self, error: Exception) -> str:
         """Word the death of a worker with the records that the workers had in hand."""
         held = [self.corpus.samples[i].sample.where for i in self._in_hand.tolist() if i >= 0]
         records = ", ".join(held) if held else "no record"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         return (
-            f"a data worker died ({str(error).splitlines()[0]}); in hand were: {records}. If it was killed for want "
+            f"a data worker died ({reason}); in hand were: {records}. If it was killed for want "
             "of memory, use fewer data.workers or a lower data.max_image_pixels"
         )
 
