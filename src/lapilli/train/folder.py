@@ -2,6 +2,7 @@
 
     recipe.yaml     the resolved recipe, with the origin of every value
     run.json        the facts that an interrupted run and its continuation must share, and what the run was made with
+    index/          what is known of the data, by the hash of all that it depends on
     metrics.jsonl   one object per optimiser step
     checkpoints/    the state of the run
     model/          the trained model, written last: a folder with it is finished
@@ -21,6 +22,9 @@ from lapilli.recipe.schema import Stage
 from lapilli.train.state import complete_checkpoints
 
 MANIFEST = "run.json"
+_UNTRAINED = {MANIFEST, "index", "recipe.yaml"}
+"""Files of a run that has not trained yet: it may start again with another recipe."""
+
 _FREE = {
     "train": {"tokens_per_micro_batch", "gradient_checkpointing", "validate_every", "save_every", "keep_checkpoints"},
     "data": {"workers", "max_image_pixels", "max_image_bytes", "train", "validation", "images"},
@@ -42,6 +46,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def index(self) -> Path:
+        return self.path / "index"
 
     @property
     def model(self) -> Path:
@@ -75,7 +83,7 @@ def open_folder(stage: Stage, resume: str) -> RunFolder:
         raise RunError(f"{folder}: is a file; give another folder with out=...")
     present = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     present = [name for name in present if not name.startswith(".")]
-    if not present:
+    if set(present) <= _UNTRAINED:
         return RunFolder(folder, None if resume in ("auto", "never") else _checkpoint(Path(resume), stage))
     if (folder / "model").is_dir():
         raise RunError(f"{folder}: holds a finished run; give another folder with out=..., or remove it")
@@ -85,7 +93,7 @@ def open_folder(stage: Stage, resume: str) -> RunFolder:
         raise RunError(
             f"{folder}: holds an interrupted run; resume it with --resume auto, or give another with out=..."
         )
-    _refuse_differences(_manifest_facts(folder), run_facts(stage), str(folder))
+    refuse_differences(_manifest_facts(folder), run_facts(stage), str(folder))
     if resume != "auto":
         return RunFolder(folder, _checkpoint(Path(resume), stage))
     complete = complete_checkpoints(folder / "checkpoints")
@@ -99,7 +107,7 @@ def _checkpoint(path: Path, stage: Stage) -> Path:
         )
     run = path.resolve().parent.parent
     if (run / MANIFEST).is_file():
-        _refuse_differences(_manifest_facts(run), run_facts(stage), str(path))
+        refuse_differences(_manifest_facts(run), run_facts(stage), str(path))
     return path
 
 
@@ -111,11 +119,11 @@ def _manifest_facts(folder: Path) -> dict[str, Any]:
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    keys = [key for key in dict.fromkeys([*there, *here]) if there.get(key) != here.get(key)]
-    return [f"{key}: {there.get(key)} there, {here.get(key)} now" for key in keys]
+    return [f"{key}: {there.get(key)} there, {value} now" for key, value in here.items() if there.get(key) != value]
 
 
-def _refuse_differences(there: dict[str, Any], here: dict[str, Any], where: str) -> None:
+def refuse_differences(there: dict[str, Any], here: dict[str, Any], where: str) -> None:
+    """Raise RunError, listing them, if facts of this run differ from those of the run found at `where`."""
     differing = _differences(there, here)
     if differing:
         raise RunError(

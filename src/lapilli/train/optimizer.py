@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from lapilli.model.freeze import part_of
 from lapilli.recipe.schema import Train
-
-PARTS = ("language_model", "vision_encoder", "projector")
 
 
 @dataclass
@@ -28,12 +27,6 @@ class ParameterGroup:
     @property
     def numel(self) -> int:
         return sum(p.numel() for p in self.parameters)
-
-
-def part_of(name: str) -> str:
-    """Return which part of the model a parameter belongs to, by its full name; what joins the parts is projector."""
-    head = name.split(".", 1)[0]
-    return head if head in PARTS else "projector"
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:

@@ -65,8 +65,9 @@ def train_step(
     device: torch.device,
     *,
     autocast: AbstractContextManager[None],
+    where: str = "this step",
 ) -> StepResult:
-    """Learn from one step's micro-batches.
+    """Learn from one step's micro-batches; `where` names the step in errors.
 
     Raises RunError, before any weight is changed, if loss or gradient is not finite; the message names the samples.
     """
@@ -80,17 +81,17 @@ def train_step(
             parameter.grad = torch.zeros_like(parameter)
     norm = engine.gradient_norm(parameters)
     grad_norm = float(norm)
-    _refuse_non_finite(losses, grad_norm, batches)
+    _refuse_non_finite(losses, grad_norm, batches, where)
     if train.max_grad_norm is not None:
         engine.clip(parameters, train.max_grad_norm, norm)
     optimizer.step()
     return StepResult(math.fsum(losses), grad_norm, sum(b.tokens for b in batches), sum(b.supervised for b in batches))
 
 
-def _refuse_non_finite(losses: Sequence[float], grad_norm: float, batches: Sequence[Batch]) -> None:
+def _refuse_non_finite(losses: Sequence[float], grad_norm: float, batches: Sequence[Batch], where: str) -> None:
     for loss, batch in zip(losses, batches, strict=True):
         if not math.isfinite(loss):
-            raise RunError(f"the loss is {loss} (no weight was changed); samples: {', '.join(batch.ids)}")
+            raise RunError(f"{where}: the loss is {loss} (no weight was changed); samples: {', '.join(batch.ids)}")
     if not math.isfinite(grad_norm):
         ids = ", ".join(i for b in batches for i in b.ids)
-        raise RunError(f"the gradient norm is {grad_norm} (no weight was changed); samples of this step: {ids}")
+        raise RunError(f"{where}: the gradient norm is {grad_norm} (no weight was changed); samples: {ids}")

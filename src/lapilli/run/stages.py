@@ -1,0 +1,71 @@
+"""A recipe's stages in order, as one piece of work.
+
+The data of every stage is checked before the first one trains: a missing picture of the second stage must not be found
+after a day of the first. A stage that is finished already is not repeated, so that the same command carries on a
+recipe of several stages wherever it was stopped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TextIO
+
+from lapilli.base.errors import RunError
+from lapilli.recipe.load import LoadedRecipe
+from lapilli.recipe.schema import Stage
+from lapilli.train.folder import is_finished, open_folder
+from lapilli.train.reading import read_corpus, read_description, reading
+from lapilli.train.run import Outcome, train_stage
+from lapilli.train.setup import Say, describe_corpus
+
+
+def run_recipe(
+    recipe: LoadedRecipe,
+    *,
+    resume: str = "auto",
+    dry_run: bool = False,
+    say: Say = lambda _line: None,
+    stream: TextIO | None = None,
+) -> Outcome:
+    """Train every stage of a recipe that is not finished yet; see `train_stage`. Returns the last one's outcome.
+
+    Raises RunError if all of them are finished, or if `resume` names a checkpoint and there are several stages.
+    """
+    stages = recipe.recipe.stages
+    several = len(stages) > 1
+    if several and resume not in ("auto", "never"):
+        raise RunError("--resume: name a checkpoint only with a recipe of one stage; auto finds each stage's own")
+    waiting = [s for s in stages if not (several and resume == "auto" and is_finished(s))]
+    if not waiting:
+        raise RunError(f"{stages[-1].out}: all stages are finished; give another folder with out=...")
+    check_later_stages(waiting, resume, say, stream, write_index=not dry_run)
+    outcome = Outcome(0, 0)
+    for stage in waiting[:1] if dry_run else waiting:
+        if several:
+            say(f"stage {stage.name}")
+        outcome = train_stage(
+            stage, recipe.stage_origins(stage.name), resume=resume, dry_run=dry_run, say=say, stream=stream
+        )
+        if outcome.stopped_by:
+            break
+    return outcome
+
+
+def check_later_stages(stages: list[Stage], resume: str, say: Say, stream: TextIO | None, *, write_index: bool) -> None:
+    """Check folders and data of the stages after the first, whose model need not be there yet.
+
+    A stage's model is described by the stage that makes it. Raises LapilliError as `train_stage` would.
+    """
+    if len(stages) < 2:
+        return
+    made = {stages[0].out: reading(stages[0], *read_description(str(stages[0].model)))}
+    for stage in stages[1:]:
+        folder = open_folder(stage, "auto" if resume == "auto" else "never")
+        before = made.get(stage.model)
+        start = (before.exported, before.tokenizer) if before else read_description(str(stage.model))
+        how = made[stage.out] = reading(stage, *start)
+        cache = Path(folder.index) if write_index else None
+        for what, sources in (("training", stage.data.train), ("validation", stage.data.validation)):
+            if sources:
+                corpus = read_corpus(sources, stage, how, cache, stream)
+                say(describe_corpus(f"{what} data of stage {stage.name}", corpus))

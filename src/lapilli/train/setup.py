@@ -1,0 +1,179 @@
+"""Everything that happens before the first step, in a numbered order; nothing after it can fail for want of input.
+
+Cheap checks come first: names, the folder, the data, then the weights. Nothing but
+the index of the data is written before all of them have passed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TextIO
+
+import torch
+
+from lapilli.assemble.load import Loaded, load
+from lapilli.data.check import Corpus
+from lapilli.data.loader import TrainLoader
+from lapilli.model.adapter import add_lora
+from lapilli.model.freeze import PartCount, apply_freeze, table
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.recipe.schema import Stage
+from lapilli.train.device.choose import Device, choose_device
+from lapilli.train.folder import RunFolder, open_folder
+from lapilli.train.loss import LossModule
+from lapilli.train.monitor import compact
+from lapilli.train.optimizer import build_optimizer, parameter_groups
+from lapilli.train.parallel.single import Single
+from lapilli.train.reading import Reading, limits, read_corpus, read_description, reading
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Prepared:
+    """A run that is ready for its next step."""
+
+    stage: Stage
+    folder: RunFolder
+    device: Device
+    how: Reading
+    loaded: Loaded
+    corpus: Corpus
+    validation: Corpus | None
+    loader: TrainLoader
+    engine: Single
+    optimizer: torch.optim.Optimizer
+    parts: Sequence[PartCount]
+    total_steps: int
+
+
+def prepare(stage: Stage, resume: str, say: Say, stream: TextIO | None = None, *, write_index: bool = True) -> Prepared:
+    """Set a stage up. Raises LapilliError for whatever would stop it later, before anything is written."""
+    # 1. The folder: new, or an interrupted run of this very recipe.
+    folder = open_folder(stage, resume)
+    # 2. The device, its threads and seeds.
+    device = choose_device(stage.run.device)
+    _settle(stage, device)
+    # 3. Names and shapes that the model's folder gives: template, image mode, tokenizer.
+    how = reading(stage, *read_description(str(stage.model)))
+    # 4. All data, every record of it; what is found is kept in the run folder.
+    cache = folder.index if write_index else None
+    corpus = read_corpus(stage.data.train, stage, how, cache, stream)
+    say(describe_corpus("training data", corpus))
+    validation = None
+    if stage.data.validation:
+        validation = read_corpus(stage.data.validation, stage, how, cache, stream)
+        say(describe_corpus("validation data", validation))
+    # 5. What each step is made of.
+    loader = training_loader(stage, how, corpus)
+    loader.total_steps = total_steps = count_steps(stage, loader.steps_per_epoch)
+    # 6. The weights; which of them train, at which precision, where.
+    loaded = load(str(stage.model), device="cpu", dtype=torch.float32)
+    parts = _make_trainable(loaded, stage, how)
+    _place(loaded, stage, device)
+    say(describe_parts(parts))
+    # 7. What drives the training.
+    engine = Single(LossModule(loaded.model, how.spec.image))
+    optimizer = build_optimizer(parameter_groups(engine.trained(), stage.train), stage.train)
+    return Prepared(
+        stage, folder, device, how, loaded, corpus, validation, loader, engine, optimizer, parts, total_steps
+    )
+
+
+def training_loader(stage: Stage, how: Reading, corpus: Corpus, *, order: str | None = None) -> TrainLoader:
+    """Return the loader of a corpus; with `order` sequential, that of held-out data."""
+    train = stage.train
+    by_samples = train.loss_reduction == "microbatch_mean" and order is None
+    return TrainLoader(
+        corpus,
+        how.encoder(stage),
+        how.spec.image,
+        global_batch_size=train.global_batch_size,
+        tokens_per_micro_batch=None if by_samples else max(train.tokens_per_micro_batch, _longest(corpus, order)),
+        micro_batch_size=train.micro_batch_size if by_samples else None,
+        order=order or stage.data.order,
+        seed=stage.run.seed,
+        workers=stage.data.workers,
+        limits=limits(stage),
+    )
+
+
+def _longest(corpus: Corpus, order: str | None) -> int:
+    # Held-out data need no gradients: a conversation of any length fits where a training micro-batch does.
+    return int(corpus.index.lengths.max()) if order else 0
+
+
+def count_steps(stage: Stage, steps_per_epoch: int) -> int:
+    """Optimiser steps of the whole run."""
+    return stage.train.max_steps or math.ceil(stage.train.epochs * steps_per_epoch)
+
+
+def _settle(stage: Stage, device: Device) -> None:
+    if stage.run.threads is not None:
+        torch.set_num_threads(stage.run.threads)
+    torch.use_deterministic_algorithms(False)
+    if stage.run.deterministic:
+        device.be_deterministic()
+    torch.manual_seed(stage.run.seed)
+
+
+def _make_trainable(loaded: Loaded, stage: Stage, how: Reading) -> Sequence[PartCount]:
+    model, train = loaded.model, stage.train
+    if train.lora is not None:
+        add_lora(
+            model,
+            r=train.lora.r,
+            alpha=train.lora.alpha,
+            dropout=train.lora.dropout,
+            bias=train.lora.bias,
+            target_modules=train.lora.target_modules,
+        )
+    apply_freeze(model, train.freeze, lora=train.lora is not None)
+    model.layout = how.layout
+    model.config.layout = how.spec.joined["layout"]
+    training_mode(model)
+    if train.gradient_checkpointing == "full":
+        for part in (model.language_model, model.vision_encoder):
+            if part.training:
+                part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return table(model)
+
+
+def training_mode(model: VisionLanguageModel) -> None:
+    """Switch dropout on, but in a frozen vision encoder, whose features shall be those it gives in use."""
+    model.train()
+    if not any(p.requires_grad for p in model.vision_encoder.parameters()):
+        model.vision_encoder.eval()
+
+
+def _place(loaded: Loaded, stage: Stage, device: Device) -> None:
+    """Move the model; frozen weights are held in the precision they are computed in, trained ones in fp32."""
+    if stage.run.precision == "bf16":
+        for parameter in loaded.model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    loaded.model.to(device.device)  # type: ignore[arg-type]
+
+
+def describe_corpus(what: str, corpus: Corpus) -> str:
+    """One line of what was found, and one for each kind of thing that was left out."""
+    facts = corpus.index.summary()
+    lines = [
+        f"{what}: {facts['samples']:,} conversations, {facts['pictures']:,} pictures, {facts['tokens']:,} tokens "
+        f"({facts['supervised_tokens']:,} supervised), longest {facts['longest_tokens']:,}"
+    ]
+    if facts["dropped"]:
+        lines.append(f"  {facts['dropped']:,} of {facts['records']:,} records dropped")
+    lines += [f"  {count:,} x {kind}" for kind, count in corpus.index.note_counts().items()]
+    return "\n".join(lines)
+
+
+def describe_parts(parts: Sequence[PartCount]) -> str:
+    """The table of what trains."""
+    rows = [("part", "trains", "frozen", "never run")]
+    rows += [(p.part, compact(p.trainable), compact(p.frozen), compact(p.unused)) for p in parts]
+    trains, frozen, unused = (compact(sum(getattr(p, k) for p in parts)) for k in ("trainable", "frozen", "unused"))
+    rows.append(("total", trains, frozen, unused))
+    return "\n".join(f"  {a:<16}{b:>8}{c:>8}{d:>11}" for a, b, c, d in rows)
