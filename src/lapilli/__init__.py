@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lapilli.assemble.build import build as build
-    from lapilli.assemble.load import Assistant as Assistant
-    from lapilli.assemble.load import load as load
+    from lapilli.generate.assistant import Assistant as Assistant
+    from lapilli.generate.assistant import load as load
     from lapilli.model.vlm import VisionLanguageModel as VisionLanguageModel
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "load": "lapilli.assemble.load",
-    "Assistant": "lapilli.assemble.load",
+    "load": "lapilli.generate.assistant",
+    "Assistant": "lapilli.generate.assistant",
     "build": "lapilli.assemble.build",
     "VisionLanguageModel": "lapilli.model.vlm",
 }

@@ -1,0 +1,1 @@
+"""Prompts in, text out: one engine that evaluation, chat and serving share."""
