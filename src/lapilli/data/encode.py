@@ -7,6 +7,7 @@ overlaps a supervised character; there is no counting and nothing that depends o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -16,10 +17,12 @@ import numpy as np
 from lapilli.base.errors import DataError, ModelError
 from lapilli.base.layout import ImageLayout
 from lapilli.data.sample import IGNORE, Example, Image, ImageSlot, Message, Sample
-from lapilli.data.template import Piece, Span, Template
+from lapilli.data.template import Marks, Piece, Span, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_MARK = re.compile(r"<\|\w+\|>|</?s>|<im_(?:start|end)>|<(?:start|end)_of_turn>")
 
 UNEXPANDED = -200
 """What LLaVA's files put in place of a picture. Only shown and compared with, never given to a model."""
@@ -41,9 +44,13 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
+class Chunk:
+    """A run of text between pictures: ids and labels (T,), the text, and each token's characters in it (T, 2)."""
+
     ids: np.ndarray
     labels: np.ndarray
+    text: str
+    offsets: np.ndarray
 
 
 class Encoder:
@@ -76,6 +83,20 @@ class Encoder:
         self.image_token_id = None if image_token is None else _token_id(tokenizer, image_token)
         self.prefix = _text_prefix(tokenizer)
 
+    @property
+    def untokenised_marks(self) -> tuple[str, ...]:
+        """Marks of the template that look like special tokens and are ordinary text to this tokenizer.
+
+        Training works, but each mark is several tokens; callers say so.
+        """
+        template = self.template
+        marks = [template.image_prefix, template.image_suffix]
+        for form in (template, template.training or template):
+            marks += [v for name in Marks.model_fields if isinstance(v := getattr(form, name), str)]
+        found = dict.fromkeys(_MARK.findall("\n".join(marks)))
+        known = self.tokenizer.get_vocab()
+        return tuple(mark for mark in found if mark not in known)
+
     def encode(self, sample: Sample, image_sizes: Sizes | None = None) -> Example | None:
         """Return the Example, or None if the Sample is too long and the policy is `drop`.
 
@@ -107,9 +128,23 @@ class Encoder:
 
     def encode_unexpanded(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """(input_ids, labels) with one entry -200 per picture, as LLaVA's own files have them."""
+        parts = [_run(UNEXPANDED, 1) if isinstance(c, Image) else (c.ids, c.labels) for c in self.chunks(sample)]
+        return _concatenate(parts)
+
+    def chunks(self, sample: Sample) -> list[Chunk | Image]:
+        """Text and pictures of one conversation in order, before pictures are expanded: what `data show` draws.
+
+        Raises DataError for wrong turns, or if nothing is supervised.
+        """
         chunks = self._chunks(self.template.training_spans(sample), sample.where)
-        slot = _Chunk(np.array([UNEXPANDED]), np.array([IGNORE]))
-        return _concatenate([slot if isinstance(c, Image) else c for c in chunks])
+        labels = [np.zeros(0), *(c.labels for c in chunks if isinstance(c, Chunk))]
+        first = isinstance(chunks[0], Chunk) if chunks else False
+        if not (np.concatenate(labels)[1 if first else 0 :] != IGNORE).any():
+            raise DataError(
+                f"{sample.where or sample.id}: nothing to learn from this record with template {self.template.name}: "
+                "no answer is supervised; leave it out"
+            )
+        return chunks
 
     def encode_prompt(
         self, messages: Sequence[Message], image_sizes: Sizes | None = None
@@ -122,13 +157,7 @@ class Encoder:
         return ids, slots
 
     def _example(self, sample: Sample, sizes: Sizes) -> Example:
-        chunks = self._chunks(self.template.training_spans(sample), sample.where)
-        ids, labels, slots = self._expand(chunks, sizes)
-        if not (labels[1:] != IGNORE).any():
-            raise DataError(
-                f"{sample.where or sample.id}: nothing to learn from this record with template {self.template.name}: "
-                "no answer is supervised; leave it out"
-            )
+        ids, labels, slots = self._expand(self.chunks(sample), sizes)
         return Example(sample.id, ids, labels, slots, sample.where)
 
     def _truncated(self, sample: Sample, sizes: Sizes) -> tuple[Example, int] | None:
@@ -157,8 +186,8 @@ class Encoder:
             raise ValueError(f"{where}: image mode anyres needs the pictures' sizes")
         return sizes if sizes is not None else [(0, 0)] * len(pictures)
 
-    def _chunks(self, pieces: Sequence[Piece], where: str) -> list[_Chunk | Image]:
-        chunks: list[_Chunk | Image] = []
+    def _chunks(self, pieces: Sequence[Piece], where: str) -> list[Chunk | Image]:
+        chunks: list[Chunk | Image] = []
         run: list[Span] = []
         for piece in pieces:
             if isinstance(piece, Span):
@@ -169,12 +198,13 @@ class Encoder:
             run = []
         chunks += self._tokenised(run, where)
         first = chunks[0] if chunks else None
-        has_prefix = isinstance(first, _Chunk) and first.ids[: len(self.prefix)].tolist() == self.prefix
+        has_prefix = isinstance(first, Chunk) and first.ids[: len(self.prefix)].tolist() == self.prefix
         if self.prefix and not has_prefix:
-            chunks.insert(0, _Chunk(np.array(self.prefix), np.full(len(self.prefix), IGNORE)))
+            none = np.zeros((len(self.prefix), 2), dtype=np.int64)
+            chunks.insert(0, Chunk(np.array(self.prefix), np.full(len(self.prefix), IGNORE), "", none))
         return chunks
 
-    def _tokenised(self, spans: Sequence[Span], where: str) -> list[_Chunk]:
+    def _tokenised(self, spans: Sequence[Span], where: str) -> list[Chunk]:
         """One run of text between pictures as tokens, each with its label."""
         text = "".join(s.text for s in spans)
         if not text:
@@ -186,13 +216,13 @@ class Encoder:
             raise DataError(f"{where}: the text itself contains the image token {token}; take it out of the text")
         learnt = np.repeat([s.supervised for s in spans], [len(s.text) for s in spans])
         offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-        return [_Chunk(ids, np.where(_overlapping(offsets, learnt), ids, IGNORE))]
+        return [Chunk(ids, np.where(_overlapping(offsets, learnt), ids, IGNORE), text, offsets)]
 
     def _expand(
-        self, chunks: Sequence[_Chunk | Image], sizes: Sizes
+        self, chunks: Sequence[Chunk | Image], sizes: Sizes
     ) -> tuple[np.ndarray, np.ndarray, tuple[ImageSlot, ...]]:
         slots: list[ImageSlot] = []
-        parts: list[_Chunk] = []
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
         position = 0
         for chunk in chunks:
             if isinstance(chunk, Image):
@@ -201,10 +231,10 @@ class Encoder:
                 width, height = sizes[len(slots)]
                 tokens = self.layout.tokens(width, height)
                 slots.append(ImageSlot(chunk, position, tokens, width, height))
-                parts.append(_Chunk(np.full(tokens, self.image_token_id), np.full(tokens, IGNORE)))
+                parts.append(_run(self.image_token_id, tokens))
             else:
-                parts.append(chunk)
-            position += len(parts[-1].ids)
+                parts.append((chunk.ids, chunk.labels))
+            position += len(parts[-1][0])
         return *_concatenate(parts), tuple(slots)
 
 
@@ -221,11 +251,14 @@ def _overlapping(offsets: np.ndarray, learnt: np.ndarray) -> np.ndarray:
     return before[end] > before[start]
 
 
-def _concatenate(parts: Sequence[_Chunk]) -> tuple[np.ndarray, np.ndarray]:
-    if not parts:
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    ids = np.concatenate([p.ids for p in parts]).astype(np.int64)
-    return ids, np.concatenate([p.labels for p in parts]).astype(np.int64)
+def _run(token_id: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.full(tokens, token_id, dtype=np.int64), np.full(tokens, IGNORE, dtype=np.int64)
+
+
+def _concatenate(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    parts = parts or [_run(0, 0)]
+    ids, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return ids.astype(np.int64), labels.astype(np.int64)
 
 
 def _first_turn(sample: Sample) -> Message | None:
