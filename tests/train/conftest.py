@@ -1,10 +1,14 @@
-"""A model small enough to train in a test, and Examples for it."""
+"""A model small enough to train in a test and Examples for it; and the reference runs' parts as a model folder."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from lapilli.assemble.build import BuildOptions, build
 from lapilli.base.layout import ImageLayout
 from lapilli.data.image import ImageSpec
 from lapilli.data.pack import pack
@@ -74,3 +78,43 @@ def split():
 @pytest.fixture
 def image_spec():
     return ImageSpec(size=(8, 8), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """The model that the reference runs start from. Its vocabulary is theirs, without a row for the image token."""
+    folder = tmp_path_factory.mktemp("parts") / "base"
+    options = BuildOptions(
+        str(REFERENCE / "checkpoints/vision-tower"),
+        str(REFERENCE / "checkpoints/llama-base"),
+        keep_vocabulary=True,
+        projector_weights=str(REFERENCE / "training/projector-init.bin"),
+        dtype="float32",
+    )
+    build(options, folder)
+    return folder
+
+
+@pytest.fixture
+def recipe_file(base, tmp_path, monkeypatch):
+    """Write a recipe of a few quick steps over some of the reference conversations, and return its path."""
+    monkeypatch.chdir(tmp_path)
+    records = json.loads((REFERENCE / "training/instruct.json").read_text())
+    (tmp_path / "chat.json").write_text(json.dumps(records[40:56]))  # pictures and text-only
+    (tmp_path / "held-out.json").write_text(json.dumps(records[:4]))
+
+    def write(more: str = "", name: str = "recipe.yaml") -> str:
+        text = f"""\
+model: {base}
+out: run
+data: {{train: chat.json, images: {REFERENCE / "training/images"}, workers: 0}}
+train: {{global_batch_size: 4, tokens_per_micro_batch: 700, learning_rate: 1e-3, warmup_ratio: 0}}
+run: {{precision: fp32, device: cpu, deterministic: true, threads: 1}}
+{more}"""
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write

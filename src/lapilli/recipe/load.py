@@ -201,6 +201,8 @@ def _absolute(tree: Tree, path: Path, *below: str) -> str | None:
 def _absolute_paths(stage: Tree) -> None:
     """Make every path of a stage absolute, relative ones against the folder of where they were written."""
     places: list[Path] = [("model",), ("out",), ("data", "images")]
+    if str(stage.get(("data", "template"))).endswith((".yaml", ".yml")):
+        places.append(("data", "template"))
     for split in ("train", "validation"):
         given = stage.get(("data", split))
         at: Path = ("data", split)

@@ -22,7 +22,9 @@ def export(ready: Prepared) -> None:
         return
     if spec.template != loaded.spec.template:
         tokenizer.chat_template = spec.template.jinja(spec.image_token)
-        model.language_model.generation_config = generation_config(model.language_model, tokenizer, spec.template, model.config.image_token_id)
+        model.language_model.generation_config = generation_config(
+            model.language_model, tokenizer, spec.template, model.config.image_token_id
+        )
     if ready.stage.run.precision == "bf16":
         model.to(torch.bfloat16)  # type: ignore[arg-type]
     model.config.dtype = next(model.parameters()).dtype

@@ -1,9 +1,62 @@
-"""`report.html` of a run."""
+"""`report.html` of a run: its curves and totals on one page that needs nothing but itself.
 
+The sections are made here for other reports too: a demonstration of several stages shows each stage's own.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
+from lapilli.base.html import Html, join, line_chart, page, section, table, tag, write_page
+from lapilli.base.progress import duration
+from lapilli.train.monitor import compact
 from lapilli.train.setup import Prepared
 
 
-def write_report(ready: Prepared, rows: list[dict[str, Any]]) -> None:
+def loss_section(heading: str, rows: Sequence[dict[str, Any]]) -> Html:
+    """Training loss of every step, and validation loss where it was computed."""
+    curves = {"training": [(r["step"], r["loss"]) for r in rows]}
+    held_out = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]
+    if held_out:
+        curves["validation"] = held_out
+    return section(heading, line_chart(curves))
+
+
+def write_report(ready: Prepared, rows: Sequence[dict[str, Any]]) -> None:
     """Write the run's report from its metrics."""
+    stage, index = ready.stage, ready.corpus.index
+    seconds = sum(r["seconds"] for r in rows)
+    tokens = sum(r["tokens"] for r in rows)
+    held_out = [r["validation_loss"] for r in rows if "validation_loss" in r]
+    totals: list[tuple[str, object]] = [
+        ("started from", stage.model),
+        ("steps", ready.total_steps),
+        ("samples", sum(r["samples"] for r in rows)),
+        ("tokens", tokens),
+        ("supervised tokens", sum(r["supervised_tokens"] for r in rows)),
+        ("first and last loss", f"{rows[0]['loss']:.4f}, {rows[-1]['loss']:.4f}"),
+        *([("last validation loss", f"{held_out[-1]:.4f}")] if held_out else []),
+        ("time in steps", duration(seconds)),
+        ("tokens per second", compact(tokens / seconds) if seconds else "-"),
+        ("waiting for data", f"{sum(r['wait_seconds'] for r in rows) / seconds:.1%}" if seconds else "-"),
+        ("padding", f"{sum(r['padding'] for r in rows) / len(rows):.1%}"),
+        ("peak memory", compact(max(r["memory_bytes"] for r in rows), 1024)),
+        ("device", f"{ready.device.describe()}, {stage.run.precision}"),
+    ]
+    parts = [(p.part, p.trainable, p.frozen, p.unused) for p in ready.parts]
+    left_out: list[tuple[str, int]] = [("records dropped", index.dropped)] if index.dropped else []
+    left_out += list(index.note_counts().items())
+    content = page(
+        f"lapilli: {stage.name}",
+        loss_section("Loss", rows),
+        section("Learning rate", line_chart({"learning rate": _curve(rows, "learning_rate")}, y_label="learning rate")),
+        section("Gradient norm", line_chart({"before clipping": _curve(rows, "grad_norm")}, y_label="gradient norm")),
+        section("Totals", table(("", ""), [(tag("span", name), str(value)) for name, value in totals])),
+        section("What trained", table(("part", "trains", "frozen", "never run"), parts)),
+        section("Left out of the data", table(("what", "records"), left_out)) if left_out else join(),
+        lead=f"Run folder {ready.folder.path}",
+    )
+    write_page(ready.folder.path / "report.html", content)
+
+
+def _curve(rows: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(r["step"], r[key]) for r in rows]

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
 from lapilli.assemble.load import Loaded, load
+from lapilli.base.errors import RunError
 from lapilli.data.check import Corpus
 from lapilli.data.loader import TrainLoader
 from lapilli.model.adapter import add_lora
@@ -137,8 +138,17 @@ def _make_trainable(loaded: Loaded, stage: Stage, how: Reading) -> Sequence[Part
     if train.gradient_checkpointing == "full":
         for part in (model.language_model, model.vision_encoder):
             if part.training:
-                part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                _recompute_layers(part)
     return table(model)
+
+
+def _recompute_layers(part: Any) -> None:
+    # Renamed in transformers 5; the older name warns.
+    enable = getattr(part, "activation_checkpointing_enable", None) or part.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise RunError(f"train.gradient_checkpointing: {type(part).__name__} can't do it; use none") from error
 
 
 def training_mode(model: VisionLanguageModel) -> None:
