@@ -23,7 +23,7 @@ _PUBLIC = {
     "build": "lapilli.assemble.build",
     "VisionLanguageModel": "lapilli.model.vlm",
 }
-__all__ = ["Assistant", "VisionLanguageModel", "build", "load"]  # noqa: F822  (resolved by __getattr__)
+__all__ = ["Assistant", "VisionLanguageModel", "build", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,15 +1,16 @@
 """Tiny models for tests of generation: random ones from the reference parts, and one that says what it is told to."""
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import torch
 import transformers as hf
+from tests.support.parts import make_tokenizer, make_vision
 
 from lapilli.assemble.build import BuildOptions, build
-from tests.support.parts import make_tokenizer, make_vision
 
 PARTS = Path(__file__).parents[1] / "reference" / "checkpoints"
 
@@ -47,7 +48,7 @@ def build_parrot(folder: Path, says: str, after: str = ":", positions: int = 512
         rows = torch.nn.functional.normalize(torch.randn(len(tokenizer), 256), dim=1)
         model.model.embed_tokens.weight.copy_(rows)
         model.lm_head.weight.zero_()
-        for before, token in zip(chain, chain[1:], strict=False):
+        for before, token in pairwise(chain):
             model.lm_head.weight[token] = rows[before]
         model.model.layers[0].self_attn.o_proj.weight.zero_()
         model.model.layers[0].mlp.down_proj.weight.zero_()

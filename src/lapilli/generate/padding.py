@@ -4,8 +4,10 @@ Most language models give a prompt that is padded on the left the answer it has 
 states don't. Which kind an architecture is, is found by trying it, once, on a small random copy.
 """
 
+from typing import Any
+
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from lapilli.model.quiet import quiet
 from lapilli.model.shrink import SHRINK_ERRORS, shrunken
@@ -19,7 +21,7 @@ def why_not_padded(config: PreTrainedConfig) -> str:
     """Return why left padding would change this language model's answers; empty if it does not."""
     with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            model = shrunken(config, AutoModelForCausalLM.from_config).eval()
+            model: Any = shrunken(config, AutoModelForCausalLM.from_config).eval()
             width = model.get_input_embeddings().weight.shape[1]
             prompts = [torch.randn(length, width) for length in _LENGTHS]
             alone = [_logits(model, [prompt])[0] for prompt in prompts]
@@ -31,7 +33,7 @@ def why_not_padded(config: PreTrainedConfig) -> str:
     return "" if difference < _TOLERANCE else f"padding changes its logits by {difference:.1e}"
 
 
-def _logits(model: PreTrainedModel, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+def _logits(model: Any, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
     """Logits (steps, V) of each prompt (T, D) over a few greedy steps, all prompts in one left-padded batch."""
     longest = max(len(p) for p in prompts)
     embeds = torch.zeros(len(prompts), longest, prompts[0].shape[1])
@@ -47,5 +49,5 @@ def _logits(model: PreTrainedModel, prompts: list[torch.Tensor]) -> list[torch.T
         output_logits=True,
         return_dict_in_generate=True,
     )
-    out = model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+    out = model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config)
     return list(torch.stack(out.logits, dim=1))
