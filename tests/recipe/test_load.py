@@ -161,3 +161,8 @@ def test_a_wrong_recipe_is_told_within_a_second_and_without_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "did you mean" in done.stderr
     assert time.perf_counter() - start < 3, "generous: the machine may be busy"
+
+
+def test_a_template_file_is_relative_to_the_recipe(tmp_path):
+    recipe = load_recipe(write(tmp_path, GOOD.replace("images: pictures", "template: mine.yaml")))
+    assert recipe.recipe.stages[0].data.template == str(tmp_path / "mine.yaml")
