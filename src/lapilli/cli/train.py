@@ -14,7 +14,7 @@ def train(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Values to set, as in train.learning_rate=1e-4.", metavar="[A.B=VALUE]..."),
+        typer.Argument(help="Values to set, as in train.learning_rate=1e-4.", metavar="A.B=VALUE"),
     ] = None,
     resume: Annotated[
         str, typer.Option(help="auto: go on with an interrupted run; never: only a new folder; or a checkpoint folder.")
