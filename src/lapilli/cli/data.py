@@ -123,6 +123,7 @@ def _encoder(model: str, template: str | None, im_start_end: bool) -> Encoder:
     from lapilli.data.encode import Encoder
     from lapilli.data.template import get_template
     from lapilli.data.tokenizer import load_tokenizer
+    from lapilli.model.quiet import quiet
 
     folder = Path(model)
     if (folder / "model" / "lapilli.json").is_file():
@@ -130,7 +131,8 @@ def _encoder(model: str, template: str | None, im_start_end: bool) -> Encoder:
     spec = read_spec(folder)
     if spec is None and template is None:
         raise RecipeError(f"{model} has no lapilli.json that names a template: give --template NAME")
-    tokenizer = load_tokenizer(folder if spec else model)
+    with quiet():
+        tokenizer = load_tokenizer(folder if spec else model)
     wraps = im_start_end or (spec is not None and spec.im_start_end)
     if spec is None:
         encoder = Encoder(tokenizer, get_template(template or ""), None, None, im_start_end=wraps)

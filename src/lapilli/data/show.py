@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,24 +106,21 @@ def as_text(drawing: Drawing, coloured: bool = True) -> Text:
     """The conversation for the terminal: supervised text green (or, without colours, in ⟦ ⟧), pictures as blocks."""
     from rich.text import Text
 
-    styles = {True: "bold green", False: "dim"} if coloured else {True: "", False: ""}
     out = Text()
     out.append(f"── {visible(str(drawing.id))}: {drawing.counts} ──\n", style="bold" if coloured else "")
     for note in drawing.notes:
         out.append(f"note: {note}\n", style="yellow" if coloured else "")
-    learning = False
-    for item in drawing.items:
-        learnt = isinstance(item, Glyph) and item.supervised
-        if learnt != learning and not coloured:
-            out.append("⟦" if learnt else "⟧")
-        learning = learnt
-        if isinstance(item, Slot):
-            out.append(f"▐ {visible(item.caption)} ▌", style="black on cyan" if coloured else "")
-        else:
-            text = visible(item.text)
-            out.append(text.replace("\n", "⏎\n") if learnt else text, style=styles[learnt])
-    if learning and not coloured:
-        out.append("⟧")
+    for learnt, run in groupby(drawing.items, key=lambda item: isinstance(item, Glyph) and item.supervised):
+        items = list(run)
+        if learnt:
+            text = visible(_text(items)).replace("\n", "⏎\n")
+            out.append(text if coloured else f"⟦{text}⟧", style="bold green" if coloured else "")
+            continue
+        for item in items:
+            if isinstance(item, Slot):
+                out.append(f"▐ {visible(item.caption)} ▌", style="black on cyan" if coloured else "")
+            else:
+                out.append(visible(item.text), style="dim" if coloured else "")
     out.append("\n")
     return out
 
@@ -130,6 +128,10 @@ def as_text(drawing: Drawing, coloured: bool = True) -> Text:
 def visible(text: str) -> str:
     """The text with control characters, which a terminal would obey, as their pictures; line breaks and tabs stay."""
     return "".join(_picture_of(c) if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 else c for c in text)
+
+
+def _text(items: Sequence[Glyph | Slot]) -> str:
+    return "".join(item.text for item in items if isinstance(item, Glyph))
 
 
 def _picture_of(character: str) -> str:
