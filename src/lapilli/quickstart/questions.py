@@ -1,0 +1,157 @@
+"""Questions about scenes with one right answer each, sums and words without a picture, and the language model's texts.
+
+Every answer is a word or a caption, so that an exact match means what it says. A question that has no one answer for
+a scene (which digit is red, when both are) is not asked of it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from lapilli.quickstart.scenes import COLOUR_NAMES, NUMBERS, Digit, Scene, random_scene
+
+DESCRIBE = "Describe the picture."
+
+
+@dataclass(frozen=True)
+class Question:
+    """`kind` groups questions in the accuracy table."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+Asker = Callable[[Scene, np.random.Generator], Question | None]
+
+
+def _digit_on(place: int, word: str) -> Asker:
+    return lambda scene, _rng: Question(f"digit {word}", f"Which digit is on the {word}?", scene.digits[place].name)
+
+
+def _colour_on(place: int, word: str) -> Asker:
+    text = f"What colour is the digit on the {word}?"
+    return lambda scene, _rng: Question(f"colour {word}", text, scene.digits[place].colour)
+
+
+def _colour_of(scene: Scene, rng: np.random.Generator) -> Question | None:
+    left, right = scene.digits
+    if left.value == right.value:
+        return None
+    asked = scene.digits[rng.integers(2)]
+    return Question("colour of a digit", f"What colour is the {asked.name}?", asked.colour)
+
+
+def _digit_of(scene: Scene, rng: np.random.Generator) -> Question | None:
+    left, right = scene.digits
+    if left.colour == right.colour:
+        return None
+    asked = scene.digits[rng.integers(2)]
+    return Question("digit of a colour", f"Which digit is {asked.colour}?", asked.name)
+
+
+def _larger(scene: Scene, _rng: np.random.Generator) -> Question | None:
+    left, right = scene.digits
+    if left.value == right.value:
+        return None
+    return Question("larger digit", "Which digit is larger?", max(scene.digits, key=lambda d: d.value).name)
+
+
+def _sum(scene: Scene, _rng: np.random.Generator) -> Question:
+    return Question("sum", "What is the sum of the digits?", NUMBERS[sum(d.value for d in scene.digits)])
+
+
+def _digit(scene: Scene, _rng: np.random.Generator) -> Question:
+    return Question("one digit", "Which digit is it?", scene.digits[0].name)
+
+
+def _colour(scene: Scene, _rng: np.random.Generator) -> Question:
+    return Question("one colour", "What colour is the digit?", scene.digits[0].colour)
+
+
+def _count(scene: Scene, _rng: np.random.Generator) -> Question:
+    return Question("how many", "How many digits are there?", NUMBERS[len(scene.digits)])
+
+
+def _presence(scene: Scene, rng: np.random.Generator) -> Question:
+    there = {d.value for d in scene.digits}
+    yes = rng.random() < 0.5
+    value = int(rng.choice(sorted(there if yes else set(range(10)) - there)))
+    return Question("is there", f"Is there a digit {NUMBERS[value]}?", "yes" if yes else "no")
+
+
+def describe(scene: Scene, _rng: np.random.Generator) -> Question:
+    return Question("describe", DESCRIBE, scene.caption)
+
+
+ONE_DIGIT: tuple[Asker, ...] = (_digit, _colour, _count, _presence, describe)
+TWO_DIGITS: tuple[Asker, ...] = (
+    *(_digit_on(0, "left"), _digit_on(1, "right"), _colour_on(0, "left"), _colour_on(1, "right")),
+    *(_colour_of, _digit_of, _larger, _sum, _count, _presence, describe),
+)
+
+
+def questions(scene: Scene, rng: np.random.Generator, count: int) -> list[Question]:
+    """Ask up to `count` different questions about one scene, in random order."""
+    askers = ONE_DIGIT if len(scene.digits) == 1 else TWO_DIGITS
+    asked = (askers[i](scene, rng) for i in rng.permutation(len(askers)))
+    return [q for q in asked if q is not None][:count]
+
+
+def pair_question(first: Scene, second: Scene, rng: np.random.Generator) -> Question:
+    """Ask something about two pictures of one digit each that takes both, or the right one of them."""
+    a, b = first.digits[0], second.digits[0]
+    if a.value != b.value and rng.random() < 0.5:
+        return Question(
+            "two pictures", "Which picture has the larger digit?", "the first" if a.value > b.value else "the second"
+        )
+    word, asked = (("first", a), ("second", b))[rng.integers(2)]
+    if rng.random() < 0.5:
+        return Question("two pictures", f"What colour is the digit in the {word} picture?", asked.colour)
+    return Question("two pictures", f"Which digit is in the {word} picture?", asked.name)
+
+
+def text_question(rng: np.random.Generator) -> Question:
+    """Ask something that needs no picture: a sum, the larger of two numbers, or the next number."""
+    a, b = (int(n) for n in rng.integers(10, size=2))
+    form = rng.integers(3)
+    if form == 0 or (form == 1 and a == b):
+        return Question("text only", f"What is {NUMBERS[a]} plus {NUMBERS[b]}?", NUMBERS[a + b])
+    if form == 1:
+        return Question("text only", f"Which is larger, {NUMBERS[a]} or {NUMBERS[b]}?", NUMBERS[max(a, b)])
+    return Question("text only", f"Which number comes after {NUMBERS[a]}?", NUMBERS[a + 1])
+
+
+def dialogue(lead: str, asked: list[Question], end: str) -> str:
+    """Questions and answers as one text; `lead` stands in the first question where a picture would."""
+    first, *rest = asked
+    turns = [f"USER: {lead}{first.text} ASSISTANT: {first.answer}{end}"]
+    return "".join(turns + [f"USER: {q.text} ASSISTANT: {q.answer}{end}" for q in rest])
+
+
+def language_texts(rng: np.random.Generator, count: int, end: str) -> list[str]:
+    """Texts that the language model is made from: descriptions and questions about them, sums, and bare captions.
+
+    `end` is the tokenizer's end token, which closes every answer.
+    """
+    texts = []
+    for kind in rng.choice(4, size=count, p=(0.6, 0.15, 0.15, 0.1)):
+        if kind == 0:
+            scene = random_scene(rng)
+            texts.append(dialogue(f"{scene.caption}\n", questions(scene, rng, 6), end))
+        elif kind == 1:
+            pair = random_scene(rng, 1), random_scene(rng, 1)
+            asked = [pair_question(*pair, rng) for _ in range(2)]
+            texts.append(dialogue(f"{pair[0].caption}\n{pair[1].caption}\n", asked, end))
+        elif kind == 2:
+            texts.append(dialogue("", [text_question(rng) for _ in range(4)], end))
+        else:
+            texts.append(random_scene(rng).caption)
+    return texts
+
+
+def all_words() -> list[str]:
+    """Every caption word in both of its places in a sentence, so that the tokenizer knows each as one token."""
+    digits = [Digit(value, colour).caption for value in range(10) for colour in COLOUR_NAMES]
+    return [*digits, *(f" {word}" for word in (*NUMBERS, *COLOUR_NAMES))]
