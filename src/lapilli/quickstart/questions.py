@@ -103,9 +103,8 @@ def pair_question(first: Scene, second: Scene, rng: np.random.Generator) -> Ques
     """Ask something about two pictures of one digit each that takes both, or the right one of them."""
     a, b = first.digits[0], second.digits[0]
     if a.value != b.value and rng.random() < 0.5:
-        return Question(
-            "two pictures", "Which picture has the larger digit?", "the first" if a.value > b.value else "the second"
-        )
+        larger = "the first" if a.value > b.value else "the second"
+        return Question("two pictures", "Which picture has the larger digit?", larger)
     word, asked = (("first", a), ("second", b))[rng.integers(2)]
     if rng.random() < 0.5:
         return Question("two pictures", f"What colour is the digit in the {word} picture?", asked.colour)

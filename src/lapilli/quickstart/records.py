@@ -70,14 +70,17 @@ def caption_records(scans: Scans, rng: np.random.Generator, count: int, folder: 
     ]
 
 
+def shown_scenes(rng: np.random.Generator, count: int, text_only: float) -> list[list[Scene]]:
+    """Draw the scenes of `count` conversations: one, two of one digit each, or (in the share `text_only`) none."""
+    pictures = rng.choice(3, size=count, p=(text_only, 1 - text_only - TWO_PICTURES, TWO_PICTURES))
+    return [[random_scene(rng, 1 if n == 2 else None) for _ in range(n)] for n in pictures]
+
+
 def conversation_records(
     scans: Scans, rng: np.random.Generator, count: int, folder: Path, name: str, questions_each: int
 ) -> list[dict]:
     """Write the pictures of `count` conversations and return their stage-2 records."""
-    kinds = rng.choice(3, size=count, p=(1 - TWO_PICTURES - TEXT_ONLY, TWO_PICTURES, TEXT_ONLY))
-    shown = [
-        [random_scene(rng)] if k == 0 else [random_scene(rng, 1) for _ in range(2)] if k == 1 else [] for k in kinds
-    ]
+    shown = shown_scenes(rng, count, TEXT_ONLY)
     files = iter(save_pictures([s for scenes in shown for s in scenes], scans, rng, folder, name))
     records = []
     for number, scenes in enumerate(shown):
@@ -97,10 +100,7 @@ def conversation_records(
 
 def exam_records(scans: Scans, rng: np.random.Generator, count: int, folder: Path, name: str) -> list[Exam]:
     """Write pictures of held-out scans, no two exams with the same picture, and return one question about each."""
-    shown = [
-        [random_scene(rng)] if rng.random() > TWO_PICTURES else [random_scene(rng, 1) for _ in range(2)]
-        for _ in range(count)
-    ]
+    shown = shown_scenes(rng, count, text_only=0.0)
     files = iter(save_pictures([s for scenes in shown for s in scenes], scans, rng, folder, name))
     exams = []
     for scenes in shown:
@@ -114,3 +114,8 @@ def write_json(path: Path, records: Sequence[dict | Exam]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [asdict(r) if isinstance(r, Exam) else r for r in records]
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def read_exams(path: Path) -> list[Exam]:
+    """Read what `write_json` wrote of exams."""
+    return [Exam(**{**row, "images": tuple(row["images"])}) for row in json.loads(path.read_text("utf-8"))]

@@ -59,33 +59,45 @@ def write_metrics(
 def write_report(paths: Paths, metrics: Mapping[str, Any], result: Result) -> None:
     """Write `report.html` from the metrics, the examination and both stages' own loss records."""
     held_out = metrics["held_out"]
-    kinds = [
-        (r["kind"], r["questions"], percent(r["exact_match"]), percent(r["wrong_picture"])) for r in held_out["by_kind"]
-    ]
-    total = (
-        tag("strong", "all"),
-        held_out["questions"],
-        percent(held_out["exact_match"]),
-        percent(held_out["exact_match_wrong_picture"]),
+    seen, blind = percent(held_out["exact_match"]), percent(held_out["exact_match_wrong_picture"])
+    content = page(
+        "lapilli quickstart",
+        section("Held-out accuracy", *accuracy(held_out)),
+        section(
+            "Held-out pictures",
+            tag("p", "Scans that no part and no stage was trained on.", class_="soft"),
+            grid(paths.pictures, result),
+        ),
+        loss_section("Stage 1: the projector learns to say captions", read_metrics(paths.align / "metrics.jsonl")),
+        loss_section(
+            "Stage 2: projector and language model learn to answer", read_metrics(paths.instruct / "metrics.jsonl")
+        ),
+        section("Time", times(metrics)),
+        section("Commands", tag("pre", "\n".join(metrics["commands"]))),
+        lead=f"{seen} of {held_out['questions']} held-out questions answered exactly; {blind} with the wrong picture.",
     )
+    write_page(paths.report, content)
+
+
+def accuracy(held_out: Mapping[str, Any]) -> tuple[Html, Html]:
+    """The table of exact matches by kind of question, and what to compare it with."""
+
+    def row(name: object, of: Mapping[str, Any], wrong: str) -> tuple[object, ...]:
+        return name, of["questions"], percent(of["exact_match"]), percent(of[wrong])
+
+    rows = [row(kind["kind"], kind, "wrong_picture") for kind in held_out["by_kind"]]
+    rows.append(row(tag("strong", "all"), held_out, "exact_match_wrong_picture"))
     note = (
         f'Always answering "{held_out["most_frequent_answer"]}", the most frequent answer, would be right in '
         f"{percent(held_out['most_frequent_answer_share'])} of the questions. With the wrong picture, the same model "
-        "is asked the same question about another question's picture."
+        "gets the same question about the picture of another question."
     )
-    phases = [(name, f"{value:.1f}") for name, value in metrics["seconds"].items()]
-    content = page(
-        "lapilli quickstart",
-        section("Held-out accuracy", table(("question", "asked", "exact match", "with the wrong picture"), [*kinds, total]), tag("p", note)),
-        section("Held-out pictures", tag("p", "Real scans that no part and no stage was trained on.", class_="soft"), grid(paths.pictures, result)),
-        loss_section("Stage 1: the projector learns to say captions", read_metrics(paths.align / "metrics.jsonl")),
-        loss_section("Stage 2: projector and language model learn to answer", read_metrics(paths.instruct / "metrics.jsonl")),
-        section("Time", table(("phase", "seconds"), [*phases, (tag("strong", "all"), f"{metrics['total_seconds']:.1f}")])),
-        section("Commands", tag("pre", "\n".join(metrics["commands"]))),
-        lead=f"{percent(held_out['exact_match'])} of {held_out['questions']} held-out questions answered exactly; "
-        f"{percent(held_out['exact_match_wrong_picture'])} with the wrong picture.",
-    )  # fmt: skip
-    write_page(paths.report, content)
+    return table(("question", "asked", "exact match", "with the wrong picture"), rows), tag("p", note)
+
+
+def times(metrics: Mapping[str, Any]) -> Html:
+    rows: list[tuple[object, str]] = [(name, f"{value:.1f}") for name, value in metrics["seconds"].items()]
+    return table(("phase", "seconds"), [*rows, (tag("strong", "all"), f"{metrics['total_seconds']:.1f}")])
 
 
 def grid(pictures: Path, result: Result) -> Html:

@@ -4,7 +4,6 @@ The two parts are made here, because they can't be downloaded offline. From ther
 in a process of its own and printed as a user would type it; the held-out questions go through `lapilli.load`.
 """
 
-import json
 import os
 import shlex
 import subprocess
@@ -27,7 +26,7 @@ from lapilli.quickstart import questions
 from lapilli.quickstart.examine import examine
 from lapilli.quickstart.language import EOS, train_language, train_tokenizer
 from lapilli.quickstart.plan import Paths, Sizes
-from lapilli.quickstart.records import Exam, caption_records, conversation_records, exam_records, write_json
+from lapilli.quickstart.records import caption_records, conversation_records, exam_records, read_exams, write_json
 from lapilli.quickstart.report import percent, write_metrics, write_report
 from lapilli.quickstart.scans import load_scans
 from lapilli.quickstart.vision import train_vision
@@ -70,10 +69,7 @@ class Quickstart:
             with self.phase(name):
                 self.lapilli("train", self.paths.recipes / recipe)
         with self.phase("examine"):
-            exams = [
-                Exam(**{**row, "images": tuple(row["images"])})
-                for row in json.loads(self.paths.exam.read_text("utf-8"))
-            ]
+            exams = read_exams(self.paths.exam)
             result = examine(lapilli.load(self.paths.instruct), exams, self.paths.pictures, self.sizes.seed)
         metrics = write_metrics(self.paths, self.sizes, result, self.seconds, self.commands)
         write_report(self.paths, metrics, result)
@@ -157,7 +153,7 @@ def quickstart(out: Path, say: Say, sizes: Sizes | None = None, threads: int = 2
         f"report                      {run.paths.report}"
     )
     picture = next(iter(sorted(run.paths.pictures.glob("exam-*.png"))))
-    held_out_data = run.paths.data / "held_out_conversations.json"
+    talk = run.paths.data / "held_out_conversations.json"
     say("\nTry next:")
     for command in (
         ("chat", run.paths.instruct, "--image", picture),
@@ -165,7 +161,7 @@ def quickstart(out: Path, say: Say, sizes: Sizes | None = None, threads: int = 2
         (
             "data",
             "show",
-            held_out_data,
+            talk,
             "--images",
             run.paths.pictures,
             "--model",
