@@ -110,17 +110,16 @@ def as_text(drawing: Drawing, coloured: bool = True) -> Text:
     out.append(f"── {visible(str(drawing.id))}: {drawing.counts} ──\n", style="bold" if coloured else "")
     for note in drawing.notes:
         out.append(f"note: {note}\n", style="yellow" if coloured else "")
-    for learnt, run in groupby(drawing.items, key=lambda item: isinstance(item, Glyph) and item.supervised):
-        items = list(run)
-        if learnt:
+    for kind, run in groupby(drawing.items, key=_kind):
+        items: list[Any] = list(run)
+        if kind == "learnt":
             text = visible(_text(items)).replace("\n", "⏎\n")
             out.append(text if coloured else f"⟦{text}⟧", style="bold green" if coloured else "")
-            continue
-        for item in items:
-            if isinstance(item, Slot):
-                out.append(f"▐ {visible(item.caption)} ▌", style="black on cyan" if coloured else "")
-            else:
-                out.append(visible(item.text), style="dim" if coloured else "")
+        elif kind == "given":
+            out.append(visible(_text(items)), style="dim" if coloured else "")
+        else:
+            for slot in items:
+                out.append(f"▐ {visible(slot.caption)} ▌", style="black on cyan" if coloured else "")
     out.append("\n")
     return out
 
@@ -130,8 +129,14 @@ def visible(text: str) -> str:
     return "".join(_picture_of(c) if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 else c for c in text)
 
 
-def _text(items: Sequence[Glyph | Slot]) -> str:
-    return "".join(item.text for item in items if isinstance(item, Glyph))
+def _kind(item: Glyph | Slot) -> str:
+    if isinstance(item, Slot):
+        return "picture"
+    return "learnt" if item.supervised else "given"
+
+
+def _text(glyphs: Sequence[Any]) -> str:
+    return "".join(glyph.text for glyph in glyphs)
 
 
 def _picture_of(character: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
@@ -245,13 +244,9 @@ class Template(Marks):
         return [Span(marks.answer_prefix), *learnt, Span(marks.answer_tail)]
 
 
-@lru_cache(maxsize=1)
-def _shipped() -> dict[str, Template]:
-    table = {name: Template(name=name, **fields) for name, fields in TABLE.items()}
-    return table | {TOKENIZER: Template(name=TOKENIZER)}
-
-
-TEMPLATES = MappingProxyType(_shipped())
+TEMPLATES = MappingProxyType(
+    {name: Template(name=name, **fields) for name, fields in TABLE.items()} | {TOKENIZER: Template(name=TOKENIZER)}
+)
 """Every shipped template by name."""
 
 
