@@ -1,0 +1,87 @@
+"""The truth of every answer, by hand for known scenes and by reading the caption for random ones."""
+
+import numpy as np
+import pytest
+
+from lapilli.quickstart.questions import ONE_DIGIT, TWO_DIGITS, pair_question, questions, text_question
+from lapilli.quickstart.scenes import NUMBERS, Digit, Scene, random_scene
+
+RED_SEVEN, BLUE_TWO = Digit(7, "red"), Digit(2, "blue")
+
+
+def answers(scene, rounds=40):
+    rng = np.random.default_rng(0)
+    return {q.text: q.answer for _ in range(rounds) for q in questions(scene, rng, 20)}
+
+
+def test_two_digits():
+    asked = answers(Scene((RED_SEVEN, BLUE_TWO)))
+    assert (
+        asked.items()
+        >= {
+            "Which digit is on the left?": "seven",
+            "Which digit is on the right?": "two",
+            "What colour is the digit on the left?": "red",
+            "What colour is the digit on the right?": "blue",
+            "What colour is the seven?": "red",
+            "What colour is the two?": "blue",
+            "Which digit is red?": "seven",
+            "Which digit is blue?": "two",
+            "Which digit is larger?": "seven",
+            "What is the sum of the digits?": "nine",
+            "How many digits are there?": "two",
+            "Is there a digit seven?": "yes",
+            "Is there a digit three?": "no",
+            "Describe the picture.": "a red seven and a blue two",
+        }.items()
+    )
+    assert {q for q, a in asked.items() if a == "yes"} == {"Is there a digit seven?", "Is there a digit two?"}
+
+
+def test_one_digit():
+    asked = answers(Scene((BLUE_TWO,)))
+    assert asked["Which digit is it?"] == "two"
+    assert asked["What colour is the digit?"] == "blue"
+    assert asked["How many digits are there?"] == "one"
+    assert "Which digit is on the left?" not in asked
+
+
+@pytest.mark.parametrize(
+    ("scene", "never"),
+    [
+        (Scene((Digit(4, "red"), Digit(4, "blue"))), ("What colour is the four?", "Which digit is larger?")),
+        (Scene((Digit(4, "red"), Digit(5, "red"))), ("Which digit is red?",)),
+    ],
+)
+def test_a_question_without_one_answer_is_not_asked(scene, never):
+    assert not set(never) & set(answers(scene))
+
+
+def test_pair_questions_hold_for_the_picture_they_name():
+    rng = np.random.default_rng(0)
+    asked = {q.text: q.answer for q in (pair_question(Scene((RED_SEVEN,)), Scene((BLUE_TWO,)), rng) for _ in range(60))}
+    assert asked == {
+        "Which picture has the larger digit?": "the first",
+        "What colour is the digit in the first picture?": "red",
+        "What colour is the digit in the second picture?": "blue",
+        "Which digit is in the first picture?": "seven",
+        "Which digit is in the second picture?": "two",
+    }
+
+
+def test_text_questions_are_true():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        question = text_question(rng)
+        named = [NUMBERS.index(word.strip("?,")) for word in question.text.split() if word.strip("?,") in NUMBERS]
+        expected = {"plus": sum(named), "larger,": max(named), "after": named[0] + 1}
+        [truth] = [value for word, value in expected.items() if word in question.text.split()]
+        assert question.answer == NUMBERS[truth]
+
+
+def test_questions_are_different_and_limited():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        asked = questions(random_scene(rng), rng, 4)
+        assert len({q.text for q in asked}) == len(asked) == 4
+    assert len(ONE_DIGIT) < len(TWO_DIGITS)
