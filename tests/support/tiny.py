@@ -22,14 +22,16 @@ def build_tiny(folder: Path, **options) -> Path:
     return folder
 
 
-def build_parrot(folder: Path, says: str, after: str = ":", positions: int = 512, **options) -> Path:
-    """A model whose answer is known: after a prompt ending in `after` it says `says`, then its end token.
+def build_parrot(folder: Path, says: str, *, endless: bool = False, positions: int = 512, **options) -> Path:
+    """A model whose answer is known: after a prompt that ends in a colon it says `says`, then its end token.
 
+    `endless`: it says it again and again, and ends never.
     Each token determines the next (so no token may occur twice): layers add nothing, and the output row of a token is
     the embedding of the one before it. Raises AssertionError for a text with repeated tokens.
     """
     tokenizer = make_tokenizer()
-    chain = [tokenizer(after)["input_ids"][-1], *tokenizer(says)["input_ids"], tokenizer.eos_token_id]
+    spoken = tokenizer(says)["input_ids"]
+    chain = [*tokenizer(":")["input_ids"], *spoken, tokenizer.eos_token_id]
     assert len(set(chain)) == len(chain), [tokenizer.decode([i]) for i in chain]
     config = hf.LlamaConfig(
         vocab_size=len(tokenizer),
@@ -50,6 +52,9 @@ def build_parrot(folder: Path, says: str, after: str = ":", positions: int = 512
         model.lm_head.weight.zero_()
         for before, token in pairwise(chain):
             model.lm_head.weight[token] = rows[before]
+        if endless:
+            model.lm_head.weight[tokenizer.eos_token_id] = 0.0
+            model.lm_head.weight[spoken[0]] += rows[spoken[-1]]
         model.model.layers[0].self_attn.o_proj.weight.zero_()
         model.model.layers[0].mlp.down_proj.weight.zero_()
     parts = folder.with_name(folder.name + "-parts")

@@ -96,9 +96,8 @@ class TextStream:
     def _show(self, end: int) -> None:
         """Give out the text up to `end`, but blanks only once something follows them."""
         end = len(self._raw[:end].rstrip())
-        if self._shown == 0:
-            self._shown = len(self._raw) - len(self._raw.lstrip())
-        if end > self._shown:
+        begin = max(self._shown, len(self._raw) - len(self._raw.lstrip()))
+        if end > begin:
             if self._on_text is not None:
-                self._on_text(self._raw[self._shown : end])
+                self._on_text(self._raw[begin:end])
             self._shown = end

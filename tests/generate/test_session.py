@@ -1,0 +1,92 @@
+import json
+
+import pytest
+from tests.support.tiny import make_picture
+
+from lapilli.base.errors import DataError
+from lapilli.data.read.llava import read
+from lapilli.generate.decoding import Answer, Decoding
+from lapilli.generate.session import Session
+
+
+@pytest.fixture
+def prompts(parrot, monkeypatch):
+    """Every prompt the engine is given from now on."""
+    seen = []
+    generate = parrot.engine.generate
+    monkeypatch.setattr(parrot.engine, "generate", lambda p, *a, **k: seen.extend(p) or generate(p, *a, **k))
+    return seen
+
+
+def test_the_history_holds_each_end_mark_once(parrot, prompts, picture):
+    session = Session(parrot)
+    session.add_image(picture)
+    for _ in range(3):
+        assert session.ask("What is it?").text == "a red dog 음식"
+    ends = [int((p.input_ids == parrot.tokenizer.eos_token_id).sum()) for p in prompts]
+    assert ends == [0, 1, 2]
+    assert [p.image_tokens for p in prompts] == [16, 16, 16]
+
+
+def test_pictures_stand_in_front_of_their_own_question_or_where_it_says(parrot, prompts, picture, tmp_path):
+    session = Session(parrot, system="Be brief.")
+    other = make_picture(tmp_path / "b.png", 30, 40)
+    session.ask("Hi")
+    session.add_image(picture)
+    assert session.add_image(other) == (30, 40)
+    session.ask("Is <image> like <image>?")
+    session.add_image(other)
+    session.ask("And this?")
+    turns = session.record("x")
+    assert turns["image"] == [str(picture.resolve()), str(other.resolve()), str(other.resolve())]
+    said = [t["value"] for t in turns["conversations"]]
+    assert said[0::2] == ["Be brief.", "a red dog 음식", "a red dog 음식", "a red dog 음식"]
+    assert said[1::2] == ["Hi", "Is <image> like <image>?", "<image>\nAnd this?"]
+    assert prompts[-1].sizes == ((93, 57), (30, 40), (30, 40))
+
+
+def test_what_is_saved_is_a_record_that_data_reads(parrot, picture, tmp_path):
+    session = Session(parrot)
+    with pytest.raises(DataError, match="nothing to save"):
+        session.save(tmp_path / "chat.json")
+    session.add_image(picture)
+    session.ask("What is it?")
+    session.save(tmp_path / "chat.json")
+    (sample,) = read(tmp_path / "chat.json")
+    assert [m.role for m in sample.messages] == ["user", "assistant"]
+    assert sample.messages[0].text == "<image>\nWhat is it?"
+    assert json.loads((tmp_path / "chat.json").read_text())[0]["id"] == "chat"
+    with pytest.raises(DataError, match="exists already"):
+        session.save(tmp_path / "chat.json")
+    with pytest.raises(DataError, match="can't write"):
+        session.save(tmp_path / "none" / "chat.json")
+
+
+def test_what_can_not_be_asked_leaves_no_trace(parrot, picture):
+    session = Session(parrot)
+    with pytest.raises(DataError, match="2 <image>, but 0 new pictures"):
+        session.ask("<image> <image>?")
+    session.add_image(picture)
+    with pytest.raises(DataError, match="2 <image>, but 1 new pictures"):
+        session.ask("<image> <image>?")
+    assert (session.exchanges, session.waiting) == (0, [picture.resolve()])
+    session.ask("What is it?")
+    session.reset()
+    assert (session.exchanges, session.waiting) == (0, [])
+
+
+def test_a_stopped_answer_is_kept_as_far_as_it_went(endless):
+    seen: list[str] = []
+    session = Session(endless, decoding=Decoding(100))
+    got = session.ask("What is it?", seen.append, lambda: len(seen) > 2)
+    assert got.finish == "cancelled"
+    assert session.record("x")["conversations"][-1] == {"from": "gpt", "value": "".join(seen)}
+    assert session.ask("And?", cancelled=lambda: True).text == "one"
+
+
+def test_without_an_answer_nothing_is_kept(parrot, picture, monkeypatch):
+    session = Session(parrot)
+    session.add_image(picture)
+    monkeypatch.setattr(parrot.engine, "generate", lambda *a, **k: [Answer("", (2,), "stop", 9)])
+    assert session.ask("What is it?").text == ""
+    assert (session.exchanges, session.waiting) == (0, [picture.resolve()])
