@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from lapilli.generate.assistant import load as load
     from lapilli.model.vlm import VisionLanguageModel as VisionLanguageModel
 
-__version__ = "0.1.0"
+from lapilli.base.version import VERSION
+
+__version__ = VERSION
 
 _PUBLIC = {
     "load": "lapilli.generate.assistant",

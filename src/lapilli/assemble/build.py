@@ -14,13 +14,13 @@ import PIL.Image
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-import lapilli
 from lapilli.assemble import parts
 from lapilli.assemble.folder import FolderSpec, joined_fields
 from lapilli.assemble.save import hf_image_processor, save
 from lapilli.assemble.vocabulary import Vocabulary, add_tokens, make_room
 from lapilli.base.errors import ModelError
 from lapilli.base.layout import ImageLayout, ImageMode
+from lapilli.base.version import VERSION
 from lapilli.checkpoint import hf
 from lapilli.data.image import ImageSpec, normalise, to_tiles
 from lapilli.data.template import Template, get_template
@@ -126,7 +126,7 @@ def build(options: BuildOptions, out: Path | str, say: Callable[[str], None] = l
         say("proving that features fill their places")
         proof = _prove(model, plan)
         spec = FolderSpec(
-            written_by=f"lapilli {lapilli.__version__}",
+            written_by=f"lapilli {VERSION}",
             stored_as="lapilli" if why_not else "transformers",
             stored_because=why_not,
             template=plan.template,
@@ -135,6 +135,7 @@ def build(options: BuildOptions, out: Path | str, say: Callable[[str], None] = l
             im_start_end=options.im_start_end,
             joined=joined_fields(model.config),
         )
+        plan.tokenizer.chat_template = spec.chat_template()
         say(f"writing {out}")
         save(model, plan.tokenizer, spec, out)
     return _report(plan, {k: _count(getattr(model, k)) for k in _PARTS}, why_not, [*plan.notes, *notes], proof)
@@ -198,7 +199,6 @@ def _plan(options: BuildOptions) -> _Plan:
             notes.append(f"added to the tokenizer: {', '.join(vocabulary.added)}")
         if had_pad is None:
             notes.append(f"the tokenizer has no pad token; {tokenizer.pad_token} pads batches (masked)")
-        tokenizer.chat_template = template.jinja(options.image_token)
     tile = (geometry.tile_width, geometry.tile_height)
     pinpoints = tuple((c * tile[0], r * tile[1]) for c, r in ANYRES_PINPOINTS) if options.image_mode == "anyres" else ()
     layout = hf.layout_of(geometry, options.image_mode, options.feature_select, pinpoints)

@@ -43,8 +43,10 @@ class FolderSpec(BaseModel):
     """Pictures stand between the tokens `<im_start>` and `<im_end>`."""
     joined: dict[str, Any]
 
-    def config_fields(self) -> dict[str, Any]:
-        return dict(self.joined)
+    def chat_template(self) -> str:
+        """The template as Jinja, for tokenizers and processors: the same text as in training."""
+        template = self.template.with_image_marks() if self.im_start_end else self.template
+        return template.jinja(self.image_token)
 
 
 def joined_fields(config: LapilliConfig) -> dict[str, Any]:

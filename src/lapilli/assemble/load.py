@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase
 
-import lapilli
 from lapilli.assemble.adapter import ADAPTER_FILE, attach_adapter
 from lapilli.assemble.folder import FolderSpec, joined_fields, read_spec
 from lapilli.base.errors import ModelError
 from lapilli.base.layout import ImageLayout
+from lapilli.base.version import VERSION
 from lapilli.checkpoint import hf
 from lapilli.data.encode import Encoder, TooLong
 from lapilli.data.image import ImageSpec
@@ -166,7 +166,7 @@ def _describe(folder: Path, config: Any, template: str | None) -> tuple[PreTrain
     image = ImageSpec.from_processor_config(fields, mode)
     joined = hf.from_hf_config(config, image.tile_size, mode)
     spec = FolderSpec(
-        written_by=f"lapilli {lapilli.__version__}",
+        written_by=f"lapilli {VERSION}",
         stored_as="transformers",
         template=get_template(template or "tokenizer").bind(tokenizer),
         image=image,

@@ -7,7 +7,6 @@ asks of attention beyond the plain form (sliding window, soft-capping, sinks, gr
 argument that is not known here is refused, because ignoring it would silently train another model.
 """
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -68,13 +67,14 @@ def packed_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    bounds = cu_seq_lens_q.tolist()
+    lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
     outputs = []
-    for start, end in pairwise(bounds):
-        q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
-        window = sliding_window if sliding_window is not None and end - start > sliding_window else None
+    # `split` and not slices: its backward pass is one concatenation, where every slice would fill a whole tensor.
+    parts = (x.split(lengths, dim=2) for x in (query, key, value))
+    for length, q, k, v in zip(lengths, *parts, strict=True):
+        window = sliding_window if sliding_window is not None and length > sliding_window else None
         if plain:
-            mask = _causal(end - start, window, q.device) if window is not None else None
+            mask = _causal(length, window, q.device) if window is not None else None
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale
             )

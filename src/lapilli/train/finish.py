@@ -1,6 +1,7 @@
 """The end of a run: its model as a folder that other software loads.
 
-Adapters are written as adapters, with the place of the model they belong to; everything else as a whole model.
+Adapters are written as adapters, with the place of the model they belong to, if they and the projector are all that a
+run changed; everything else as a whole model.
 """
 
 import torch
@@ -9,19 +10,24 @@ from lapilli.assemble.adapter import save_adapter
 from lapilli.assemble.build import generation_config
 from lapilli.assemble.load import model_folder
 from lapilli.assemble.save import save
-from lapilli.train.setup import Prepared
+from lapilli.model.adapter import merge_lora
+from lapilli.train.setup import Prepared, Say
 
 
-def export(ready: Prepared) -> None:
+def export(ready: Prepared, say: Say) -> None:
     """Write `model/`, last of a run's files. A run in bf16 gives a model in bf16."""
     loaded, spec = ready.loaded, ready.how.exported
     model, tokenizer = loaded.model, loaded.tokenizer
     model.eval()
     if ready.stage.train.lora is not None:
-        save_adapter(model, model_folder(str(ready.stage.model)), ready.folder.model)
-        return
+        more = _more_than_adapters(ready)
+        if more is None:
+            save_adapter(model, model_folder(str(ready.stage.model)), ready.folder.model)
+            return
+        say(f"adapters merged, model/ holds the whole model: {more}, which an adapter folder can't say")
+        merge_lora(model)
     if spec.template != loaded.spec.template:
-        tokenizer.chat_template = spec.template.jinja(spec.image_token)
+        tokenizer.chat_template = spec.chat_template()
         model.language_model.generation_config = generation_config(
             model.language_model, tokenizer, spec.template, model.config.image_token_id
         )
@@ -29,3 +35,15 @@ def export(ready: Prepared) -> None:
         model.to(torch.bfloat16)  # type: ignore[arg-type]
     model.config.dtype = next(model.parameters()).dtype
     save(model, tokenizer, spec, ready.folder.model)
+
+
+def _more_than_adapters(ready: Prepared) -> str | None:
+    """What a LoRA run changed beside adapters and projector, or None."""
+    ours, base = ready.how.exported, ready.loaded.spec
+    if ours.template != base.template:
+        return f"template {ours.template.name} is not the base's"
+    if ours.image != base.image:
+        return f"image mode {ours.image.mode} is not the base's"
+    if any(p.requires_grad for p in ready.loaded.model.vision_encoder.parameters()):
+        return "the vision encoder was trained"
+    return None

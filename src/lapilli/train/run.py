@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
 import torch
 import transformers
 
-import lapilli
 from lapilli.base import atomic
+from lapilli.base.errors import DataError
 from lapilli.base.progress import Progress
+from lapilli.base.version import VERSION
 from lapilli.data.loader import Step
 from lapilli.recipe.resolved import resolved_yaml
 from lapilli.recipe.schema import Stage
@@ -73,7 +74,7 @@ def train_stage(
         say(f"stopped by {wish.signal} after step {loop.done}; the same command goes on from there")
         return Outcome(loop.done, ready.total_steps, wish.signal)
     write_report(ready, read_metrics(ready.folder.metrics))
-    export(ready)
+    export(ready, say)
     say(f"done: {ready.folder.model}")
     return Outcome(loop.done, ready.total_steps)
 
@@ -108,7 +109,7 @@ def _start(ready: Prepared, origins: Mapping[str, str], facts: dict[str, Any], s
             "total_steps": ready.total_steps,
             "device": ready.device.describe(),
             "made_with": {
-                "lapilli": lapilli.__version__,
+                "lapilli": VERSION,
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
                 "python": platform.python_version(),
@@ -133,7 +134,7 @@ class _Loop:
         with Progress("step", ready.total_steps, stream=stream) as progress:
             progress.update(self.done)
             began = time.perf_counter()
-            for step in ready.loader:
+            for step in self._steps(wish):
                 row = self._step(step, began)
                 self.done = row["step"]
                 last = self.done == ready.total_steps
@@ -142,11 +143,20 @@ class _Loop:
                     progress.write(f"step {self.done}  validation loss {row['validation_loss']:.4f}")
                 self.metrics.append(row)
                 progress.update(self.done, self.monitor.text())
-                if last or wish.signal or _due(self.done, train.save_every):
+                if last or _due(self.done, train.save_every):
                     self._save()
                 if wish.signal:
                     break
                 began = time.perf_counter()
+        self._save()
+
+    def _steps(self, wish: StopWish) -> Iterator[Step]:
+        """The steps to come. A signal to the whole process group ends the data's workers too; that is no error then."""
+        try:
+            yield from self.ready.loader
+        except DataError:
+            if wish.signal is None:
+                raise
 
     def _step(self, step: Step, began: float) -> dict[str, Any]:
         ready, train = self.ready, self.ready.stage.train
