@@ -231,3 +231,33 @@ def test_the_export_speaks_the_template_it_learned(recipe_file):
     path = recipe_file()
     changed, _, _ = train(path, "out=changed", "data.template=chatml", "train.max_steps=1")
     assert json.loads((changed / "model/lapilli.json").read_text())["template"]["name"] == "chatml"
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_still_saves(recipe_file, tmp_path):
+    """As a cluster's scheduler or Ctrl-C in a terminal sends it: to the data's workers too."""
+    path = recipe_file()
+    command = [sys.executable, "-m", "lapilli.cli", "train", path, "train.epochs=200", "data.workers=2"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    while process.poll() is None and len(read_metrics(tmp_path / "run/metrics.jsonl")) < 3:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    done = len(read_metrics(tmp_path / "run/metrics.jsonl"))
+    assert f"stopped by SIGTERM after step {done}" in output
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == [f"step-{done:06d}"]
+
+
+def test_lora_runs_export_adapters_or_what_is_more_than_these(recipe_file):
+    path = recipe_file()
+    common = ["train.lora={r: 2, dropout: 0}", "train.max_steps=1", "data.template=vicuna_v1"]
+    alone, _, _ = train(path, "out=alone", *common)
+    assert (alone / "model/adapter_config.json").is_file()
+    other, _, said = train(path, "out=other", *common, "data.template=chatml")
+    assert "adapters merged, model/ holds the whole model: template chatml is not the base's" in said
+    assert json.loads((other / "model/lapilli.json").read_text())["template"]["name"] == "chatml"
+    again, _, _ = train(path, "out=again", f"model={alone}", "train.max_steps=1", "train.freeze=projector")
+    assert (again / "model/config.json").is_file()

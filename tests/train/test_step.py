@@ -31,6 +31,7 @@ def test_loss_is_that_of_each_conversation_alone(tiny_model, tiny_step, split, i
         (batch,) = split([example], [pictures], 1)
         pixels = (torch.cat(pictures).float() / 255 - 0.5) / 0.5 if pictures else None
         logits = model(input_ids=batch.input_ids[None], pixel_values=pixels).logits[0]
+        logits[:, model.config.image_token_id] = -torch.inf  # training never lets the image token be an answer
         targets = batch.labels[1:]
         total += torch.nn.functional.cross_entropy(logits[:-1], targets, ignore_index=IGNORE, reduction="sum").item()
         count += int((targets != IGNORE).sum())

@@ -35,6 +35,9 @@ def run_recipe(
     several = len(stages) > 1
     if several and resume not in ("auto", "never"):
         raise RunError("--resume: name a checkpoint only with a recipe of one stage; auto finds each stage's own")
+    for stage in stages:
+        if several and resume == "auto" and is_finished(stage):
+            say(f"stage {stage.name} is finished already ({stage.out})")
     waiting = [s for s in stages if not (several and resume == "auto" and is_finished(s))]
     if not waiting:
         raise RunError(f"{stages[-1].out}: all stages are finished; give another folder with out=...")

@@ -38,6 +38,11 @@ class LossModule(nn.Module):
             return batch.labels.new_zeros((), dtype=torch.float32), 0
         model, keep, targets = self.model, targets_at - 1, batch.labels[targets_at]
         embeds = model.embed(batch.input_ids, self._features(batch))
+        kind = embeds.device.type
+        if torch.is_autocast_enabled(kind):
+            # The layers' sums then stay in bf16 from end to end, as in the original's runs, and attention gets its
+            # queries in the precision its fast kernels take.
+            embeds = embeds.to(torch.get_autocast_dtype(kind))
         if model.config.head != "direct":
             logits = model.packed_logits(embeds, batch.position_ids, batch.cu_seqlens, keep)
             return self._cross_entropy(logits, targets), count

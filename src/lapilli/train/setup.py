@@ -131,7 +131,10 @@ def _make_trainable(loaded: Loaded, stage: Stage, how: Reading) -> Sequence[Part
             bias=train.lora.bias,
             target_modules=train.lora.target_modules,
         )
+    adapted = [p for p in model.language_model.parameters() if p.requires_grad] if train.lora else []
     apply_freeze(model, train.freeze, lora=train.lora is not None)
+    for parameter in adapted:  # the adapters, and the biases that `lora.bias` asks for
+        parameter.requires_grad_(True)
     model.layout = how.layout
     model.config.layout = how.spec.joined["layout"]
     training_mode(model)
