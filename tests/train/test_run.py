@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from lapilli.base.errors import DataError, LapilliError, RunError
 from lapilli.recipe.load import load_recipe
 from lapilli.train import run as run_room
+from lapilli.train.folder import only_writer
 from lapilli.train.metrics import read_metrics
 from lapilli.train.monitor import Monitor
 from lapilli.train.run import train_stage
@@ -58,7 +59,7 @@ def test_a_run_folder_holds_what_it_promises(recipe_file):
         "train.keep_checkpoints=2",
     )  # fmt: skip
     assert (outcome.step, outcome.total_steps, outcome.stopped_by) == (8, 8, None)
-    names = {p.name for p in folder.iterdir()}
+    names = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
     assert names == {"recipe.yaml", "run.json", "metrics.jsonl", "checkpoints", "model", "report.html", "index"}
     rows = read_metrics(folder / "metrics.jsonl")
     assert [r["step"] for r in rows] == list(range(1, 9))
@@ -93,6 +94,21 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(recipe_file, monkeypatch
     assert outcome.step == 4
     assert "going on after step 3" in said
     assert_same_run(whole, folder)
+
+
+def test_a_named_checkpoint_goes_on_in_a_folder_of_its_own(recipe_file):
+    path = recipe_file()
+    keep = ["train.save_every=1", "train.keep_checkpoints=9"]
+    whole, _, _ = train(path, "out=whole", *keep)
+    branch, outcome, said = train(path, "out=branch", *keep, resume=str(whole / "checkpoints/step-000002"))
+    assert outcome.step == 4
+    assert "going on after step 2" in said
+    assert learned(branch) == learned(whole)[2:]
+    assert all(torch.equal(tensor, weights(branch)[name]) for name, tensor in weights(whole).items())
+    with pytest.raises(RunError, match="another recipe"):
+        train(path, "out=third", *keep, "run.seed=1", resume=str(whole / "checkpoints/step-000002"))
+    with pytest.raises(RunError, match="not a complete checkpoint"):
+        train(path, "out=third", *keep, resume=str(whole))
 
 
 @pytest.mark.slow
@@ -147,6 +163,13 @@ def test_folders_that_are_not_free_are_refused(recipe_file, tmp_path, monkeypatc
     (tmp_path / "chat.json").write_text(json.dumps(json.loads((tmp_path / "chat.json").read_text())[:12]))
     with pytest.raises(RunError, match=r"data: \w+ there"):
         train(path, f"out={tmp_path / 'other'}")
+
+
+def test_two_processes_do_not_train_in_one_folder(recipe_file, tmp_path):
+    path = recipe_file()
+    with only_writer(tmp_path / "run", print), pytest.raises(RunError, match="another process is training here"):
+        train(path)
+    train(path)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,10 @@
 A folder that holds anything else is never written to.
 """
 
+import fcntl
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +101,25 @@ def open_folder(stage: Stage, resume: str) -> RunFolder:
         return RunFolder(folder, _checkpoint(Path(resume), stage))
     complete = complete_checkpoints(folder / "checkpoints")
     return RunFolder(folder, complete[-1] if complete else None)
+
+
+@contextmanager
+def only_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Keep other processes from training in the same folder, until this one leaves or dies.
+
+    Raises RunError if another one is at it. Where the file system has no locks, that is said, and nothing is kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                f"{folder}: another process is training here; wait for it, or give another out=..."
+            ) from error
+        except OSError as error:
+            say(f"{folder}: its file system has no locks ({error.strerror}); see that nothing else trains there")
+        yield
 
 
 def _checkpoint(path: Path, stage: Stage) -> Path:

@@ -17,14 +17,14 @@ import torch
 import transformers
 
 from lapilli.base import atomic
-from lapilli.base.errors import DataError
+from lapilli.base.errors import DataError, RunError
 from lapilli.base.progress import Progress
 from lapilli.base.version import VERSION
 from lapilli.data.loader import Step
 from lapilli.recipe.resolved import resolved_yaml
 from lapilli.recipe.schema import Stage
 from lapilli.train.finish import export
-from lapilli.train.folder import MANIFEST, refuse_differences, run_facts
+from lapilli.train.folder import MANIFEST, only_writer, open_folder, refuse_differences, run_facts
 from lapilli.train.interrupt import StopWish
 from lapilli.train.metrics import MetricsFile, read_metrics
 from lapilli.train.monitor import Monitor, padding_share
@@ -65,7 +65,14 @@ def train_stage(
     say(_plan(ready))
     if dry_run:
         return Outcome(0, ready.total_steps)
-    facts = run_facts(stage) | {"data": ready.corpus.index.stamp}
+    with only_writer(ready.folder.path, say):
+        if open_folder(stage, resume) != ready.folder:
+            raise RunError(f"{stage.out}: another process trained here in the meantime; give the command again")
+        return _train(ready, origins, say, stream)
+
+
+def _train(ready: Prepared, origins: Mapping[str, str], say: Say, stream: TextIO | None) -> Outcome:
+    facts = run_facts(ready.stage) | {"data": ready.corpus.index.stamp}
     done = _start(ready, origins, facts, say)
     with StopWish() as wish, MetricsFile(ready.folder.metrics, done) as metrics:
         loop = _Loop(ready, metrics, facts, done)
@@ -97,7 +104,6 @@ def _start(ready: Prepared, origins: Mapping[str, str], facts: dict[str, Any], s
         load_tensors(folder.resume_from, ready.engine, ready.optimizer, ready.device)
         done = state.step
         say(f"going on after step {done} ({folder.resume_from})")
-    folder.path.mkdir(parents=True, exist_ok=True)
     atomic.remove_leftovers(folder.path)
     atomic.remove_leftovers(folder.checkpoints)
     atomic.atomic_write(folder.path / "recipe.yaml", resolved_yaml(ready.stage, origins))
