@@ -222,7 +222,7 @@ def _join(plan: _Plan) -> tuple[VisionLanguageModel, list[str]]:
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     vision = parts.read_vision_encoder(options.vision_encoder, dtype)
     language = parts.read_language_model(options.language_model, dtype)
-    tokens = [plan.tokenizer.convert_tokens_to_ids(t) for t in plan.vocabulary.added]
+    tokens: Any = [plan.tokenizer.convert_tokens_to_ids(t) for t in plan.vocabulary.added]
     added = make_room(language, plan.vocabulary, tokens, resize=not options.keep_vocabulary)
     notes = [f"added {added} embedding rows, set to the mean of the others"] if added else []
     language.generation_config = generation_config(

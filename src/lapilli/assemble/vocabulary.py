@@ -71,7 +71,7 @@ def make_room(language_model: PreTrainedModel, vocabulary: Vocabulary, tokens: l
     new = sorted({*tokens, *range(rows, grown)})
     known = min(rows, *new) if new else rows
     with torch.no_grad():
-        tables = {
+        tables: dict[int, Any] = {
             id(t.weight): t.weight
             for t in (language_model.get_input_embeddings(), language_model.get_output_embeddings())
             if t is not None

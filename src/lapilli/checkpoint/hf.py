@@ -5,6 +5,7 @@ tensor is copied, and keys, shards and config.json are written by transformers. 
 not looked up but tried, on small random copies of the parts.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,9 @@ def to_hf_config(config: LapilliConfig) -> LlavaConfig | LlavaNextConfig:
     """Write a joined model's configuration as transformers' `llava` or `llava_next`."""
     layers = config.feature_layers
     common: dict[str, Any] = {
-        "vision_config": config.vision_config,
-        "text_config": config.text_config,
+        # Copies: transformers writes settings of its own model into the configurations that it is given.
+        "vision_config": copy.deepcopy(config.vision_config),
+        "text_config": copy.deepcopy(config.text_config),
         "image_token_index": config.image_token_id,
         "projector_hidden_act": "gelu",
         "vision_feature_select_strategy": _strategy(config),
@@ -67,8 +69,8 @@ def to_hf(model: VisionLanguageModel) -> PreTrainedModel:
 
     Raises ModelError if a part is not of the class that transformers would build for it.
     """
-    made = to_hf_config(model.config)
-    cls = LlavaNextForConditionalGeneration if made.model_type == "llava_next" else LlavaForConditionalGeneration
+    made: Any = to_hf_config(model.config)
+    cls: Any = LlavaNextForConditionalGeneration if made.model_type == "llava_next" else LlavaForConditionalGeneration
     with torch.device("meta"):
         hf: Any = cls(made)
     language: Any = model.language_model
@@ -80,9 +82,9 @@ def to_hf(model: VisionLanguageModel) -> PreTrainedModel:
     output = language.get_output_embeddings()
     if getattr(output, "bias", None) is not None:
         raise ModelError("transformers' class has an output layer without bias, the language model's has one")
-    first, second = model.projector[0], model.projector[2]
+    projector: Any = model.projector
     hf.model.vision_tower, hf.model.language_model, hf.lm_head = model.vision_encoder, language.base_model, output
-    hf.model.multi_modal_projector.linear_1, hf.model.multi_modal_projector.linear_2 = first, second
+    hf.model.multi_modal_projector.linear_1, hf.model.multi_modal_projector.linear_2 = projector[0], projector[2]
     if model.config.image_newline:
         hf.model.image_newline = model.image_newline
     if language.generation_config is not None:
@@ -168,7 +170,7 @@ def load_hf(folder: Path, joined: dict[str, Any], dtype: torch.dtype) -> VisionL
 
     `joined` holds the fields of `LapilliConfig` beyond the two parts. Raises ModelError if weights are missing.
     """
-    cls = LlavaNextForConditionalGeneration if joined["image_newline"] else LlavaForConditionalGeneration
+    cls: Any = LlavaNextForConditionalGeneration if joined["image_newline"] else LlavaForConditionalGeneration
     try:
         hf, info = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:

@@ -34,7 +34,7 @@ class _Verbs(TyperGroup):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             ctx.fail(f'no such command "{cmd_name}"{nearest(cmd_name, VERBS)}')
-        command: click.Command = typer.main.get_command(import_module(VERBS[cmd_name][0]).app)
+        command: Any = typer.main.get_command(import_module(VERBS[cmd_name][0]).app)
         command.name = cmd_name
         return command
 

@@ -5,7 +5,7 @@ which of their tokens are kept, what projects them, and how the language model t
 was found out by probing the parts stands here, so a folder is loaded without probing again.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -24,7 +24,7 @@ class LapilliConfig(PreTrainedConfig):
     """
 
     model_type = "lapilli"
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012  (transformers' protocol)
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # type: ignore[assignment]  # noqa: RUF012
 
     def __init__(
         self,
@@ -39,8 +39,8 @@ class LapilliConfig(PreTrainedConfig):
         image_token_id: int = 0,
         image_newline: bool = False,
         image_row: bool = True,
-        packing: str = "varlen",
-        head: str = "direct",
+        packing: Literal["varlen", "padded"] = "varlen",
+        head: Literal["direct", "forward"] = "direct",
         **kwargs: Any,
     ) -> None:
         self.vision_config = _as_config(vision_config)
@@ -54,8 +54,8 @@ class LapilliConfig(PreTrainedConfig):
         self.image_token_id = image_token_id
         self.image_newline = image_newline
         self.image_row = image_row
-        self.packing = packing
-        self.head = head
+        self.packing: Literal["varlen", "padded"] = packing
+        self.head: Literal["direct", "forward"] = head
         kwargs.setdefault("tie_word_embeddings", bool(getattr(self.text_config, "tie_word_embeddings", False)))
         super().__init__(**kwargs)
 

@@ -42,7 +42,7 @@ def use_attention(language_model: PreTrainedModel, name: str) -> str:
 
     The setting stays until it is changed: with gradient checkpointing, layers run again during the backward pass.
     """
-    before = language_model.config._attn_implementation
+    before: Any = language_model.config._attn_implementation
     if before != name:
         for module in language_model.modules():
             config = getattr(module, "config", None)
@@ -122,7 +122,7 @@ def probe_language(config: PreTrainedConfig) -> LanguageTraits:
     attention.register()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            model = shrunken(config, AutoModelForCausalLM.from_config).eval()
+            model: Any = shrunken(config, AutoModelForCausalLM.from_config).eval()
             embeds, positions, bounds = _segments(model.get_input_embeddings().weight.shape[1])
             alone = torch.cat(
                 [
@@ -159,7 +159,7 @@ def _probe_head(
     expected: torch.Tensor,
 ) -> Head:
     states = packed_states(model, embeds, positions, bounds, packing)
-    logits = model.get_output_embeddings()(states)
+    logits = output_layer(model)(states)
     return "direct" if _difference(logits, expected) < _TOLERANCE else "forward"
 
 

@@ -26,6 +26,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
     vocabulary.
     """
 
+    config: LapilliConfig  # type: ignore[assignment]
     config_class = LapilliConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
@@ -33,7 +34,7 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ()
+    _no_split_modules: list[str] = []  # noqa: RUF012  (transformers' protocol)
 
     def __init__(
         self,
