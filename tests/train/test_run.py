@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from lapilli.base.errors import DataError, LapilliError, RunError
 from lapilli.recipe.load import load_recipe
 from lapilli.train import run as run_room
-from lapilli.train.folder import only_writer
 from lapilli.train.metrics import read_metrics
 from lapilli.train.monitor import Monitor
 from lapilli.train.run import train_stage
@@ -167,8 +166,19 @@ def test_folders_that_are_not_free_are_refused(recipe_file, tmp_path, monkeypatc
 
 def test_two_processes_do_not_train_in_one_folder(recipe_file, tmp_path):
     path = recipe_file()
-    with only_writer(tmp_path / "run", print), pytest.raises(RunError, match="another process is training here"):
-        train(path)
+    holder = (
+        "import sys, time\nfrom pathlib import Path\nfrom lapilli.train.folder import only_writer\n"
+        "with only_writer(Path(sys.argv[1]), print): print('held', flush=True); time.sleep(600)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match="another process is training here"):
+            train(path)
+    finally:
+        other.kill()
+        other.wait()
     train(path)
 
 
