@@ -164,6 +164,7 @@ def test_folders_that_are_not_free_are_refused(recipe_file, tmp_path, monkeypatc
         train(path, f"out={tmp_path / 'other'}")
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_train_in_one_folder(recipe_file, tmp_path):
     path = recipe_file()
     holder = (
