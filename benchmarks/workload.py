@@ -13,10 +13,10 @@ import PIL.Image
 import torch
 import transformers as hf
 
-WORDS = (
+WORDS = (  # noqa: SIM905  (a word list reads better as text)
     "a the of in on is are and two three red green blue cat dog table chart slide tissue street large small left right "
     "picture shows near people many few building kitchen bottle horse image number above below because however"
-).split()  # noqa: SIM905  (a word list reads better as text)
+).split()
 
 
 def make_language_model(folder: Path, tokenizer_model: Path) -> None:
