@@ -1,9 +1,11 @@
 """`lapilli chat` as a user has it: one question from a script, and a conversation at a terminal."""
 
+import contextlib
 import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -62,8 +64,27 @@ class Terminal:
     def type(self, text):
         os.write(self._terminal, text.encode())
 
-    def status(self):
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+    def status(self, seconds=60):
+        """Wait for the end and return the exit status."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if select.select([self._terminal], [], [], 0.1)[0]:
+                with contextlib.suppress(OSError):  # the other side is closed
+                    os.read(self._terminal, 4096)
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.pid = None
+                return os.waitstatus_to_exitcode(status)
+        raise AssertionError(f"still running: {self.seen!r}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.pid is not None:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self._terminal)
 
 
 def test_one_question_gives_the_answer_alone(root):
@@ -71,10 +92,10 @@ def test_one_question_gives_the_answer_alone(root):
     assert (done.returncode, done.stdout, done.stderr) == (0, "a red dog 음식\n", "")
 
 
-def chat_here(root, monkeypatch, *arguments):
+def here(root, monkeypatch, *arguments):
     """The same in this process, which has paid for importing PyTorch already; returns the exit status."""
     monkeypatch.chdir(root)
-    monkeypatch.setattr(sys, "argv", ["lapilli", "chat", *arguments])
+    monkeypatch.setattr(sys, "argv", ["lapilli", *arguments])
     try:
         main()
     except SystemExit as left:
@@ -84,7 +105,7 @@ def chat_here(root, monkeypatch, *arguments):
 
 def test_options_reach_the_model(root, monkeypatch, capsys):
     decoding = ["--temperature", "0.01", "--top-p", "0.9", "--seed", "1", "--max-new-tokens", "3"]
-    assert chat_here(root, monkeypatch, "endless", "--message", "Hi", "--system", "Be brief.", *decoding) == 0
+    assert here(root, monkeypatch, "chat", "endless", "--message", "Hi", "--system", "Be brief.", *decoding) == 0
     out, err = capsys.readouterr()
     assert out == "one blue\n"
     assert "cut after 3 tokens" in err
@@ -103,7 +124,7 @@ def test_options_reach_the_model(root, monkeypatch, capsys):
     ],
 )
 def test_mistakes_are_one_clear_line(root, monkeypatch, capsys, arguments, said):
-    assert chat_here(root, monkeypatch, *arguments) == 1
+    assert here(root, monkeypatch, "chat", *arguments) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -122,50 +143,55 @@ def test_a_conversation_from_a_pipe_gives_answers_alone(root):
 
 
 @pytest.mark.slow
-def test_a_conversation_at_a_terminal(root):
-    screen = Terminal(root, "model", "--image", "a picture.jpg")
-    screen.expect("pictures for the first question: a picture.jpg")
-    screen.expect("> ")
-    screen.type("\x03")
-    screen.expect("/quit or Ctrl-D leaves")
-    screen.type("/help\r")
-    screen.expect("/save FILE")
-    screen.expect("> ")
-    screen.type("What is it?\r")
-    screen.expect("a red dog 음식")
-    screen.type("/image b.png\r")
-    screen.expect("b.png: 40 x 50, for the next question")
-    screen.type("And this?\r")
-    screen.expect("a red dog 음식")
-    screen.type("/save saved.json\r")
-    screen.expect("wrote saved.json")
-    screen.type("/save saved.json\r")
-    screen.expect("exists already")
-    screen.type("/reset\r")
-    screen.expect("a new conversation")
-    screen.type("/save other.json\r")
-    screen.expect("nothing to save")
-    screen.type("\x04")
-    assert screen.status() == 0
+def test_a_conversation_at_a_terminal(root, monkeypatch, capsys):
+    with Terminal(root, "model", "--image", "a picture.jpg") as screen:
+        screen.expect("pictures for the first question: a picture.jpg")
+        screen.expect("> ")
+        time.sleep(0.5)  # between writing its prompt and waiting, readline would miss a signal until the next key
+        screen.type("\x03")
+        screen.expect("/quit or Ctrl-D leaves")
+        screen.type("/help\r")
+        screen.expect("/save FILE")
+        screen.expect("> ")
+        screen.type("What is it?\r")
+        screen.expect("a red dog 음식")
+        screen.type("/image b.png\r")
+        screen.expect("b.png: 40 x 50, for the next question")
+        screen.type("And this?\r")
+        screen.expect("a red dog 음식")
+        screen.type("/save saved.json\r")
+        screen.expect("wrote saved.json")
+        screen.type("/save saved.json\r")
+        screen.expect("exists already")
+        screen.type("/reset\r")
+        screen.expect("a new conversation")
+        screen.type("/save other.json\r")
+        screen.expect("nothing to save")
+        screen.type("\x04")
+        assert screen.status() == 0
 
     (sample,) = read(root / "saved.json")
     assert [m.text for m in sample.messages][::2] == ["<image>\nWhat is it?", "<image>\nAnd this?"]
     paths = json.loads((root / "saved.json").read_text())[0]["image"]
     assert paths == [str((root / name).resolve()) for name in ("a picture.jpg", "b.png")]
+    assert here(root, monkeypatch, "data", "show", "saved.json", "--images", str(root), "--model", "model") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("a red dog 음식") == 2
+    assert "a picture.jpg" in shown
 
 
 @pytest.mark.slow
 def test_ctrl_c_stops_the_answer_and_not_the_program(root):
-    screen = Terminal(root, "endless", "--max-new-tokens", "90000")
-    screen.expect("> ")
-    screen.type("Hi\r")
-    screen.expect("one blue bird")
-    screen.type("\x03")
-    screen.expect("note: the answer was stopped")
-    screen.expect("> ")
-    screen.type("/save stopped.json\r")
-    screen.expect("wrote stopped.json")
-    screen.type("/quit\r")
-    assert screen.status() == 0
+    with Terminal(root, "endless", "--max-new-tokens", "90000") as screen:
+        screen.expect("> ")
+        screen.type("Hi\r")
+        screen.expect("one blue bird")
+        screen.type("\x03")
+        screen.expect("note: the answer was stopped")
+        screen.expect("> ")
+        screen.type("/save stopped.json\r")
+        screen.expect("wrote stopped.json")
+        screen.type("/quit\r")
+        assert screen.status() == 0
     (sample,) = read(root / "stopped.json")
     assert sample.messages[1].text.startswith("one blue bird")

@@ -35,4 +35,4 @@ def test_greedy_answers_are_the_same_alone_and_together(name, tmp_path, picture)
     alone = [assistant.engine.generate([p], Decoding(12))[0] for p in prompts]
     together = assistant.engine.generate(prompts, Decoding(12), batch_size=3)
     assert alone == together
-    assert len({a.token_ids for a in alone}) == 3
+    assert len({a.token_ids for a in alone}) > 1

@@ -79,14 +79,14 @@ class Sampler(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Scores (B, V) in, and out with all but the chosen token of each sampled row at -inf."""
+        chosen = scores.clone()
         for row, (decoding, generator) in enumerate(zip(self._decodings, self._generators, strict=True)):
             if decoding.temperature > 0:
                 # On the CPU, so that a seed means the same draws on every device.
-                chosen = draw(scores[row].float().cpu(), decoding.temperature, decoding.top_p, generator)
-                scores = scores.clone()
-                scores[row] = float("-inf")
-                scores[row, chosen] = 0.0
-        return scores
+                token = draw(scores[row].float().cpu(), decoding.temperature, decoding.top_p, generator)
+                chosen[row] = float("-inf")
+                chosen[row, token] = 0.0
+        return chosen
 
 
 def draw(scores: torch.Tensor, temperature: float, top_p: float | None, generator: torch.Generator) -> int:

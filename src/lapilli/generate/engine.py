@@ -35,12 +35,12 @@ class Engine:
 
     def __init__(self, loaded: Loaded, processor: Processor | None = None) -> None:
         self.model = loaded.model
-        self.tokenizer = loaded.tokenizer
         self.processor = processor or Processor(loaded)
         self.stop = loaded.template.stop
         self.end_ids = _end_ids(loaded)
         self.context_tokens = _context_tokens(loaded.model.config.text_config)
         self._vocabulary = Vocabulary(loaded.tokenizer)
+        self._known = loaded.tokenizer.get_vocab()
 
     @cached_property
     def alone_because(self) -> str:
@@ -111,8 +111,7 @@ class Engine:
         if self.context_tokens is not None:
             room = min(room, self.context_tokens - prompt.length)
         stop = tuple(dict.fromkeys((*decoding.stop, *self.stop)))
-        known = self.tokenizer.get_vocab() if decoding.stop else {}
-        ends = self.end_ids | {known[s] for s in decoding.stop if s in known}
+        ends = self.end_ids | {self._known[s] for s in decoding.stop if s in self._known}
         show = None if on_text is None else lambda piece: on_text(index, piece)
         stream = TextStream(self._vocabulary, stop, show)
         is_cancelled = None if cancelled is None else lambda: cancelled(index)
