@@ -5,9 +5,11 @@ Every weight must be there: a part that would start with invented weights is ref
 
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -87,12 +89,13 @@ def load_projector(projector: nn.Module, path: Path) -> None:
     Raises ModelError for a file that can't be read safely, and for names or shapes that don't fit.
     """
     try:
-        tensors = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ModelError(f"{path}: can't be read safely: it holds more than tensors") from error
+    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
         raise ModelError(f"{path}: can't be read as projector weights ({str(error).splitlines()[0]})") from error
     found = {name.split("projector.", 1)[1]: value for name, value in tensors.items() if "projector." in name}
     wanted = projector.state_dict()
