@@ -10,8 +10,8 @@ from lapilli.quickstart.plan import Sizes
 from lapilli.quickstart.run import Quickstart, quickstart
 
 TINY = Sizes(
-    language_texts=60,
-    language_batch_rows=4,
+    language_steps=3,
+    language_batch=4,
     vision_steps=3,
     vision_batch=16,
     captions=64,

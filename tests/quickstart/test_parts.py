@@ -3,16 +3,17 @@
 import numpy as np
 import pytest
 
-from lapilli.quickstart.language import EOS, train_tokenizer
-from lapilli.quickstart.questions import all_words, language_texts
+from lapilli.quickstart.language import encode, pad, train_tokenizer
+from lapilli.quickstart.questions import Dialogue, Question, all_words, random_dialogue
 from lapilli.quickstart.scenes import COLOUR_NAMES, NUMBERS, Digit, Scene
 from lapilli.quickstart.vision import CAPTION_TOKENS, caption_ids, distinct_scenes
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    texts = language_texts(np.random.default_rng(0), 300, EOS)
-    return train_tokenizer([*all_words() * 5, *texts])
+    rng = np.random.default_rng(0)
+    turns = [turn for _ in range(60) for turn in random_dialogue(rng).turns()]
+    return train_tokenizer([*all_words() * 5, *(text for turn in turns for text in turn)])
 
 
 def test_tokenizer_is_like_llamas(tokenizer):
@@ -41,3 +42,16 @@ def test_longest_caption_fits_and_ends(tokenizer):
 def test_a_batch_has_no_caption_twice():
     scenes = distinct_scenes(np.random.default_rng(0), 200, ("red", "blue"))
     assert len({s.caption for s in scenes}) == 200
+
+
+def test_only_answers_and_their_ends_are_supervised(tokenizer):
+    asked = (Question("", "Which digit is it?", "six"), Question("", "What colour?", "red"))
+    rows = [encode(Dialogue(lead, asked), tokenizer) for lead in ("a red six\n", "")]
+    ids, labels = pad(rows, tokenizer.pad_token_id)
+    assert ids.shape == labels.shape
+    assert tokenizer.decode(ids[0]) == (
+        "<s>USER: a red six\nWhich digit is it? ASSISTANT: six</s>USER: What colour? ASSISTANT: red</s>"
+    )
+    for row, wanted in zip(labels, ids, strict=True):
+        assert tokenizer.decode(row[row != -100]) == " six</s> red</s>"
+        assert (row[row != -100] == wanted[row != -100]).all()

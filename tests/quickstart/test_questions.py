@@ -30,12 +30,9 @@ def test_two_digits():
             "Which digit is larger?": "seven",
             "What is the sum of the digits?": "nine",
             "How many digits are there?": "two",
-            "Is there a digit seven?": "yes",
-            "Is there a digit three?": "no",
             "Describe the picture.": "a red seven and a blue two",
         }.items()
     )
-    assert {q for q, a in asked.items() if a == "yes"} == {"Is there a digit seven?", "Is there a digit two?"}
 
 
 def test_one_digit():

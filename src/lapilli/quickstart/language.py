@@ -1,16 +1,19 @@
 """Part two, made openly: a byte-level BPE tokenizer and a small Llama, trained on text alone.
 
-The texts are captions, sums, and questions about a picture that is *described in words*. So the language model knows
-the words and how to answer before it ever gets a picture, as Vicuna does, and the two stages teach it to see.
+The texts are sums, and questions about a picture that is *described in words*. So the language model knows the words
+and how to answer before it ever gets a picture, as Vicuna does, and the two stages teach it to see.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lapilli.data.sample import IGNORE
+from lapilli.quickstart.questions import Dialogue, random_dialogue
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCABULARY = 512
@@ -57,44 +60,56 @@ def llama_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
 
 
-def token_rows(texts: list[str], tokenizer: PreTrainedTokenizerFast, row_tokens: int) -> torch.Tensor:
-    """Texts end to end, each begun by `<s>` and ended by `</s>`, cut into rows: (rows, row_tokens) ids."""
-    eos = tokenizer.eos_token_id
-    stream = [token for ids in tokenizer(texts)["input_ids"] for token in (*ids, eos)]
-    rows = len(stream) // row_tokens
-    return torch.tensor(stream[: rows * row_tokens]).view(rows, row_tokens)
+def encode(dialogue: Dialogue, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """A dialogue as ids and labels: begun by `<s>`, each answer and the `</s>` after it supervised, nothing else."""
+    ids, labels = [tokenizer.bos_token_id], [IGNORE]
+    for given, answer in dialogue.turns():
+        asked = tokenizer(given, add_special_tokens=False)["input_ids"]
+        answered = tokenizer(answer + EOS, add_special_tokens=False)["input_ids"]
+        ids += asked + answered
+        labels += [IGNORE] * len(asked) + answered
+    return ids, labels
+
+
+def pad(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids and labels as two (B, T) tensors, filled up on the right."""
+    ids, labels = (
+        torch.nn.utils.rnn.pad_sequence([torch.tensor(row[i]) for row in rows], batch_first=True, padding_value=fill)
+        for i, fill in enumerate((pad_id, IGNORE))
+    )
+    return ids, labels
 
 
 def train_language(
-    texts: list[str],
     tokenizer: PreTrainedTokenizerFast,
     out: Path,
     *,
     seed: int,
-    batch_rows: int,
+    steps: int,
+    batch_size: int,
     say: Callable[[str], None],
-    row_tokens: int = 128,
 ) -> None:
-    """Train a small Llama for one pass over `texts` and save it with its tokenizer to `out`."""
+    """Train a small Llama on `steps` batches of fresh dialogues and save it with its tokenizer to `out`."""
     torch.manual_seed(seed)
-    rows = token_rows(texts, tokenizer, row_tokens)
+    rng = np.random.default_rng(seed)
     model = LlamaForCausalLM(llama_config(tokenizer))
-    steps, peak = len(rows) // batch_rows, 3e-3
+    peak = 1e-3
     warmup = max(1, steps // 20)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda k: min((k + 1) / warmup, 0.5 * (1 + float(np.cos(np.pi * k / steps)))),
     )
     for step in range(1, steps + 1):
-        batch = rows[(step - 1) * batch_rows : step * batch_rows]
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        ids, labels = pad([encode(random_dialogue(rng), tokenizer) for _ in range(batch_size)], tokenizer.pad_token_id)
+        # Filled up on the right under causal attention, the places that matter never see the filling.
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % max(1, steps // 6) == 0 or step == steps:
-            say(f"language model  step {step}/{steps}  loss {loss:.3f} per token")
+            say(f"language model  step {step}/{steps}  loss {loss:.3f} per answer token")
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -74,21 +74,14 @@ def _count(scene: Scene, _rng: np.random.Generator) -> Question:
     return Question("how many", "How many digits are there?", NUMBERS[len(scene.digits)])
 
 
-def _presence(scene: Scene, rng: np.random.Generator) -> Question:
-    there = {d.value for d in scene.digits}
-    yes = rng.random() < 0.5
-    value = int(rng.choice(sorted(there if yes else set(range(10)) - there)))
-    return Question("is there", f"Is there a digit {NUMBERS[value]}?", "yes" if yes else "no")
-
-
 def describe(scene: Scene, _rng: np.random.Generator) -> Question:
     return Question("describe", DESCRIBE, scene.caption)
 
 
-ONE_DIGIT: tuple[Asker, ...] = (_digit, _colour, _count, _presence, describe)
+ONE_DIGIT: tuple[Asker, ...] = (_digit, _colour, _count, describe)
 TWO_DIGITS: tuple[Asker, ...] = (
     *(_digit_on(0, "left"), _digit_on(1, "right"), _colour_on(0, "left"), _colour_on(1, "right")),
-    *(_colour_of, _digit_of, _larger, _sum, _count, _presence, describe),
+    *(_colour_of, _digit_of, _larger, _sum, _count, describe),
 )
 
 
@@ -122,32 +115,30 @@ def text_question(rng: np.random.Generator) -> Question:
     return Question("text only", f"Which number comes after {NUMBERS[a]}?", NUMBERS[a + 1])
 
 
-def dialogue(lead: str, asked: list[Question], end: str) -> str:
-    """Questions and answers as one text; `lead` stands in the first question where a picture would."""
-    first, *rest = asked
-    turns = [f"USER: {lead}{first.text} ASSISTANT: {first.answer}{end}"]
-    return "".join(turns + [f"USER: {q.text} ASSISTANT: {q.answer}{end}" for q in rest])
+@dataclass(frozen=True)
+class Dialogue:
+    """Questions and answers in words alone; `lead` stands in the first question where a picture would."""
+
+    lead: str
+    asked: tuple[Question, ...]
+
+    def turns(self) -> list[tuple[str, str]]:
+        """Return (what is given, what is to be answered) of each turn, as text."""
+        leads = (self.lead, *("" for _ in self.asked[1:]))
+        pairs = zip(leads, self.asked, strict=True)
+        return [(f"USER: {lead}{q.text} ASSISTANT:", f" {q.answer}") for lead, q in pairs]
 
 
-def language_texts(rng: np.random.Generator, count: int, end: str) -> list[str]:
-    """Texts that the language model is made from: descriptions and questions about them, sums, and bare captions.
-
-    `end` is the tokenizer's end token, which closes every answer.
-    """
-    texts = []
-    for kind in rng.choice(4, size=count, p=(0.6, 0.15, 0.15, 0.1)):
-        if kind == 0:
-            scene = random_scene(rng)
-            texts.append(dialogue(f"{scene.caption}\n", questions(scene, rng, 6), end))
-        elif kind == 1:
-            pair = random_scene(rng, 1), random_scene(rng, 1)
-            asked = [pair_question(*pair, rng) for _ in range(2)]
-            texts.append(dialogue(f"{pair[0].caption}\n{pair[1].caption}\n", asked, end))
-        elif kind == 2:
-            texts.append(dialogue("", [text_question(rng) for _ in range(4)], end))
-        else:
-            texts.append(random_scene(rng).caption)
-    return texts
+def random_dialogue(rng: np.random.Generator) -> Dialogue:
+    """Draw what the language model is made from: a described picture, or two, or none, and questions."""
+    kind = rng.choice(3, p=(0.75, 0.15, 0.10))
+    if kind == 0:
+        scene = random_scene(rng)
+        return Dialogue(f"{scene.caption}\n", tuple(questions(scene, rng, 8)))
+    if kind == 1:
+        pair = random_scene(rng, 1), random_scene(rng, 1)
+        return Dialogue(f"{pair[0].caption}\n{pair[1].caption}\n", tuple(pair_question(*pair, rng) for _ in range(4)))
+    return Dialogue("", tuple(text_question(rng) for _ in range(6)))
 
 
 def all_words() -> list[str]:

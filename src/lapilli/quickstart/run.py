@@ -24,7 +24,7 @@ from lapilli.base.errors import RunError
 from lapilli.data.template import get_template
 from lapilli.quickstart import questions
 from lapilli.quickstart.examine import examine
-from lapilli.quickstart.language import EOS, train_language, train_tokenizer
+from lapilli.quickstart.language import train_language, train_tokenizer
 from lapilli.quickstart.plan import Paths, Sizes
 from lapilli.quickstart.records import caption_records, conversation_records, exam_records, read_exams, write_json
 from lapilli.quickstart.report import percent, write_metrics, write_report
@@ -33,7 +33,7 @@ from lapilli.quickstart.vision import train_vision
 
 TEMPLATE = "vicuna_v1"
 RECIPES = ("align.yaml", "instruct.yaml")
-TOKENIZER_TEXTS = 3000
+TOKENIZER_DIALOGUES = 500
 
 Say = Callable[[str], None]
 
@@ -112,13 +112,14 @@ class Quickstart:
     def make_language_model(self) -> Any:
         """Train the tokenizer and the language model on text alone; returns the tokenizer."""
         sizes = self.sizes
-        texts = questions.language_texts(np.random.default_rng(sizes.seed), sizes.language_texts, EOS)
+        rng = np.random.default_rng(sizes.seed)
+        turns = [turn for _ in range(TOKENIZER_DIALOGUES) for turn in questions.random_dialogue(rng).turns()]
         # The template's own words are in the tokenizer's text, so that each is one token here as it is for Vicuna.
         system = [get_template(TEMPLATE).system] * 100
-        tokenizer = train_tokenizer([*system, *questions.all_words() * 20, *texts[:TOKENIZER_TEXTS]])
+        tokenizer = train_tokenizer([*system, *questions.all_words() * 20, *(text for turn in turns for text in turn)])
         train_language(
-            texts, tokenizer, self.paths.language_model,
-            seed=sizes.seed, batch_rows=sizes.language_batch_rows, say=self.say,
+            tokenizer, self.paths.language_model,
+            seed=sizes.seed, steps=sizes.language_steps, batch_size=sizes.language_batch, say=self.say,
         )  # fmt: skip
         return tokenizer
 
