@@ -1,5 +1,6 @@
 """The CPU as a training device."""
 
+import ctypes
 import os
 import resource
 import sys
@@ -8,11 +9,32 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
+_LARGEST_KEPT = 32 * 2**20
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep freed blocks for the next step; return whether it could be told to.
+
+    By default it gives blocks of a training step's size back to the system and takes them anew, page by page: hundreds
+    of thousands of page faults per step, about a tenth of its time. Other C libraries are left alone.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)) and bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+
+
 class Cpu:
     """One process on the CPU."""
 
     name = "cpu"
     device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        keep_freed_memory()
 
     def autocast(self, precision: str) -> AbstractContextManager[None]:
         """Compute in bf16 inside the context if `precision` is bf16."""
