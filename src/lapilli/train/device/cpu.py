@@ -10,7 +10,7 @@ import torch
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
-_LARGEST_KEPT = 32 * 2**20
+_LARGEST_KEPT = 2**30
 
 
 def keep_freed_memory() -> bool:
