@@ -248,6 +248,10 @@ def test_half_a_file_is_never_a_picture(tmp_path, suffix):
     for part in (0.02, 0.3, 0.6, 0.9):
         with pytest.raises(DataError, match="image bytes"):
             open_image(Image(data=data[: int(len(data) * part)]), None)
+        with pytest.raises(DataError, match="image bytes"):  # before training, not in the middle of it
+            image_size(Image(data=data[: int(len(data) * part)]), None)
+    assert image_size(Image(data=data), None) == (200, 100)
+    assert image_size(Image(data=data + b"appended by a camera"), None) == (200, 100)
 
 
 @settings(max_examples=60, deadline=None)
@@ -259,6 +263,8 @@ def test_damaged_files_end_in_a_reason(data):
     raw = bytearray(stream.getvalue())
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(DataError):
+        image_size(Image(data=bytes(raw)), None)
     with contextlib.suppress(DataError):
         assert open_image(Image(data=bytes(raw)), None).mode == "RGB"
 

@@ -2,7 +2,7 @@
 
 A run of days must not stop at record 400,000, so all problems of all records are found and listed before training
 starts. What is learnt on the way is kept under the data stamp, so that the next start is immediate. Pictures are
-decoded in training, not here.
+decoded in training, not here, unless their file lacks its end.
 """
 
 from __future__ import annotations
@@ -118,13 +118,14 @@ def index(
     found = _check_all(records, settings, workers, "reading data" if known else "checking data", stream)
     if found.problems:
         raise BadData(found.problems, total)
-    if known is None:
-        known = _index(stamp, found, total)
-        if cache is not None:
-            known.save(cache)
+    new = known is None
+    known = _index(stamp, found, total) if known is None else known
     if not len(known):
         names = ", ".join(source.path for source in sources)
-        raise DataError(f"{names}: nothing is left to train on ({total} records, {known.dropped} dropped)")
+        why = "; ".join(f"{count:,} x {kind}" for kind, count in known.note_counts().items())
+        raise DataError(f"{names}: nothing is left to train on: {total:,} records{why and f', {why}'}")
+    if new and cache is not None:
+        known.save(cache)
     return Corpus(SampleStore(found.blobs, found.sources, roots), known)
 
 

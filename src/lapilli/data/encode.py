@@ -98,7 +98,7 @@ class Encoder:
         return tuple(mark for mark in found if mark not in known)
 
     def encode(self, sample: Sample, image_sizes: Sizes | None = None) -> Example | None:
-        """Return the Example, or None if the Sample is too long and the policy is `drop`.
+        """Return the Example, or None if the Sample is too long and the policy leaves nothing of it.
 
         `image_sizes`: (width, height) of each picture in order; may be left out where the layout does not depend on
         it. Raises DataError naming the record: nothing to learn, wrong turns, or TooLongError.
@@ -119,7 +119,7 @@ class Encoder:
         if self.too_long == "truncate_turns":
             cut = self._truncated(sample, sizes)
             if cut is None:
-                raise TooLongError(f"{problem} and even the first exchange does not fit; raise max_length")
+                return Encoded(None, (*notes, "dropped: even the first exchange is longer than max_length"))
             kept, dropped = cut
             return Encoded(kept, (*notes, f"last {dropped} turns dropped: longer than max_length"))
         if self.too_long == "drop":

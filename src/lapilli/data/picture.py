@@ -45,23 +45,24 @@ def open_image(
     `where` names the record in errors. Raises DataError for a missing, truncated or foreign file, a path outside
     `root`, or a picture over the limits.
     """
-    with _opened(image, root, limits or ImageLimits(), where) as (picture, name):
-        try:
-            picture.load()
-            return to_rgb(picture)
-        except (*_BROKEN, struct.error, zlib.error) as error:
-            raise DataError(
-                f"{name}: the picture can't be decoded ({error}); the file is probably truncated or damaged: "
-                "copy it again or leave the record out"
-            ) from error
+    with _opened(image, root, limits or ImageLimits(), where) as (picture, _, name):
+        _decode(picture, name)
+        return to_rgb(picture)
 
 
 def image_size(
     image: Image, root: str | Path | None, limits: ImageLimits | None = None, where: str = ""
 ) -> tuple[int, int]:
-    """(width, height) in pixels from the file's header alone. Raises DataError as `open_image` does."""
-    with _opened(image, root, limits or ImageLimits(), where) as (picture, _):
-        return picture.size
+    """(width, height) in pixels from the file's header. Raises DataError as `open_image` does.
+
+    Half a file is found too: one that lacks its format's end is decoded, and Pillow decides. Damage inside a file that
+    has its end is found when it is decoded.
+    """
+    with _opened(image, root, limits or ImageLimits(), where) as (picture, stream, name):
+        size = picture.size
+        if not _has_end(picture.format, stream):
+            _decode(picture, name)
+        return size
 
 
 def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
@@ -107,8 +108,8 @@ def _name(path: str | None, where: str) -> str:
 @contextmanager
 def _opened(
     image: Image, root: str | Path | None, limits: ImageLimits, where: str
-) -> Iterator[tuple[PIL.Image.Image, str]]:
-    """Open a picture lazily after all checks that need no decoding; yields it and its name for errors."""
+) -> Iterator[tuple[PIL.Image.Image, IO[bytes], str]]:
+    """Open a picture lazily after all checks that need no decoding; yields it, its file and its name for errors."""
     name = _name(image.path if image.data is None else None, where)
     with _stream(image, root, limits, where, name) as stream:
         picture = _read_header(stream, name)
@@ -120,7 +121,7 @@ def _opened(
                 f"{name}: {width} x {height} is more than {limits.max_pixels:,} pixels; "
                 "shrink the picture or raise data.max_image_pixels"
             )
-        yield picture, name
+        yield picture, stream, name
 
 
 @contextmanager
@@ -145,6 +146,30 @@ def _stream(image: Image, root: str | Path | None, limits: ImageLimits, where: s
         raise DataError(f"{name}: {real} can't be read ({error.strerror})") from error
     with stream:
         yield stream
+
+
+def _has_end(kind: str | None, stream: IO[bytes]) -> bool:
+    """Whether the file ends as its format's files do; False also where that can't be told without decoding."""
+    here, size = stream.tell(), stream.seek(0, os.SEEK_END)
+    stream.seek(max(0, size - 32))
+    tail = stream.read()
+    stream.seek(0)
+    head = stream.read(8)
+    stream.seek(here)
+    if kind == "WEBP":  # RIFF: the header says how much follows it
+        return struct.unpack("<I", head[4:])[0] + 8 <= size
+    ends = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+    return kind in ends and tail.rstrip(b"\0").endswith(ends[kind])
+
+
+def _decode(picture: PIL.Image.Image, name: str) -> None:
+    try:
+        picture.load()
+    except (*_BROKEN, struct.error, zlib.error) as error:
+        raise DataError(
+            f"{name}: the picture can't be decoded ({error}); the file is probably truncated or damaged: "
+            "copy it again or leave the record out"
+        ) from error
 
 
 def _check_bytes(size: int, limits: ImageLimits, name: str) -> None:

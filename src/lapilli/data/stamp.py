@@ -26,7 +26,7 @@ from lapilli.data.encode import Encoder
 from lapilli.data.image import ImageLimits, ImageSpec
 from lapilli.recipe.schema import Source
 
-VERSION = 1
+VERSION = 2
 """Raised when the same data would be indexed differently, so that old indexes are made again."""
 
 _ARRAYS = ("kept", "lengths", "supervised", "pictures", "words", "sizes")

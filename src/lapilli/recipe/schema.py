@@ -59,7 +59,8 @@ class Data(Section):
     max_length: Positive = 2048
     """Longest conversation in tokens, image tokens included."""
     too_long: Literal["error", "drop", "truncate_turns"] = "error"
-    """What happens to a longer one. `truncate_turns` drops whole exchanges from the end, never part of an image."""
+    """What happens to a longer one. `truncate_turns` drops whole exchanges from the end, never part of an image; a
+    conversation whose first exchange alone is too long is dropped. All of them are counted and listed."""
     order: Literal["shuffled", "sequential", "modality_groups_llava"] = "shuffled"
     """`modality_groups_llava` is the original's `group_by_modality_length`."""
     workers: Annotated[int, Field(ge=0)] = 2
@@ -68,6 +69,13 @@ class Data(Section):
     """Pictures with more pixels are refused before they are decoded."""
     max_image_bytes: Positive = 100_000_000
     """Picture files with more bytes are refused before they are read."""
+
+    @field_validator("image_mode", mode="before")
+    @classmethod
+    def _trainable_mode(cls, value: Any) -> Any:
+        if value == "anyres":
+            raise ValueError("training with tiles (anyres) comes later; use square or pad")
+        return value
 
     @model_validator(mode="before")
     @classmethod
