@@ -125,6 +125,21 @@ def test_start_from_names_an_earlier_stage(tmp_path):
     )
 
 
+def test_two_stages_never_share_a_folder(tmp_path):
+    loaded = error(tmp_path, TWO, f"stages.tune.out={tmp_path}/runs/two/align")
+    assert "command line: stages.tune.out: stages align and tune write the same folder" in loaded
+
+
+def test_a_key_inside_an_override_is_named(tmp_path):
+    told = error(tmp_path, GOOD, "train.lora={rank: 4}")
+    assert told == "command line: train.lora.rank: unknown key; known here: r, alpha, dropout, target_modules, bias"
+
+
+def test_training_with_tiles_is_refused_by_name(tmp_path):
+    told = error(tmp_path, GOOD, "data.image_mode=anyres")
+    assert told == "command line: data.image_mode: training with tiles (anyres) comes later; use square or pad"
+
+
 def test_an_error_in_common_keys_is_told_once(tmp_path):
     told = error(tmp_path, TWO.replace("warmup_ratio", "warmup_ration"))
     assert told == 'recipe.yaml: train.warmup_ration: unknown key (did you mean "warmup_ratio"?)'

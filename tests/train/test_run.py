@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from lapilli.train.metrics import read_metrics
 from lapilli.train.monitor import Monitor
 from lapilli.train.run import train_stage
 
+REFERENCE = Path(__file__).parents[1] / "reference"
 LEARNED = ("step", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "samples")
 
 
@@ -202,10 +204,46 @@ def test_bad_data_is_told_before_anything_is_written(recipe_file, tmp_path, chan
     assert not (tmp_path / "run").exists()
 
 
+def test_a_picture_that_breaks_in_training_loses_no_step(recipe_file, tmp_path):
+    """Damage inside a whole-looking file is only seen when it is decoded."""
+    path = recipe_file()
+    shutil.copytree(REFERENCE / "training/images", tmp_path / "pictures")
+    good = (REFERENCE / "training/images/045.png").read_bytes()
+    middle = len(good) // 2
+    (tmp_path / "pictures/045.png").write_bytes(good[:middle] + bytes(40) + good[middle + 40 :])
+    given = [path, f"data.images={tmp_path}/pictures", "data.order=sequential"]
+    with pytest.raises(DataError, match=r'record 6 \(id i045\): image "045.png".*damaged'):
+        train(*given)
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-000001"]
+    (tmp_path / "pictures/045.png").write_bytes(good)
+    mended, _, said = train(*given)
+    assert "going on after step 1" in said
+    assert_same_run(train(path, "out=whole", "data.order=sequential")[0], mended)
+
+
+def test_what_is_left_out_is_counted_and_listed(recipe_file, tmp_path):
+    folder, _, said = train(recipe_file(), "data.max_length=200", "data.too_long=truncate_turns", "train.max_steps=1")
+    listed = [json.loads(line) for line in (folder / "left_out.jsonl").read_text().splitlines()]
+    dropped = [one["record"] for one in listed if one["what"].startswith("dropped: even the first exchange")]
+    assert len(dropped) > 3
+    assert all(record.startswith(f"{tmp_path}/chat.json: record ") for record in dropped)
+    first = [record.rpartition(": ")[2] for record in dropped[:3]]
+    assert (
+        f"{len(dropped)} x dropped: even the first exchange is longer than max_length: {', '.join(first)}, ..." in said
+    )
+
+
+def test_files_that_are_not_there_are_told_together(recipe_file):
+    with pytest.raises(DataError) as caught:
+        train(recipe_file(), "data.train=a.json", "data.validation=b.json", "data.images=c")
+    named = [line.split(":")[0] for line in str(caught.value).splitlines()]
+    assert named == ["data.train", "data.images", "data.validation", "data.images"]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.template=vicuna_v2", 'unknown template "vicuna_v2"'),
+        ("data.template=vicuna_v2", 'data.template: unknown template "vicuna_v2"'),
         ("train.freeze=['.*']", "freezes every parameter"),
         ("train.freeze=['nothing_like_it']", "matches no parameter"),
         ("data.max_length=20", "max_length"),
@@ -223,8 +261,6 @@ def test_what_cannot_work_is_told_before_anything_is_written(recipe_file, tmp_pa
 
 
 def test_training_with_tiles_is_refused_by_name(recipe_file, base, tmp_path):
-    import shutil
-
     shutil.copytree(base, tmp_path / "tiled")
     description = json.loads((tmp_path / "tiled/lapilli.json").read_text())
     description["joined"]["layout"] |= {"mode": "anyres", "pinpoints": [[56, 112], [112, 56]]}

@@ -80,6 +80,10 @@ class DataIndex:
         """How many records each kind of note concerns, the most frequent first."""
         return dict(Counter(kind_of(note.reason) for note in self.notes).most_common())
 
+    def noted(self, kind: str) -> list[str]:
+        """The records that a kind of note concerns, each as file, record and id."""
+        return [note.where for note in self.notes if kind_of(note.reason) == kind]
+
     def summary(self) -> dict[str, int]:
         """Totals for a status line, a report or a log."""
         return {

@@ -285,7 +285,9 @@ def check_turns(messages: Sequence[Message], where: str) -> None:
 def _read_template(path: Path) -> Template:
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise RecipeError(f"{path}: can't read this template ({error.strerror})") from error
+    except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: can't read this template ({error})") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not YAML: {error}") from error

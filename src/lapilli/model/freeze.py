@@ -53,7 +53,7 @@ def apply_freeze(model: VisionLanguageModel, freeze: str | Sequence[str], *, lor
         base = part_of(name) == "language_model" and lora and not adapter
         parameter.requires_grad_(adapter or not (name in frozen or name in never_run or base))
     if not any(p.requires_grad for p in model.parameters()):
-        raise RecipeError(f"train.freeze: {freeze!r} freezes every parameter; nothing would be trained")
+        raise RecipeError(f"train.freeze: {_quoted(freeze)} freezes every parameter; leave out what shall train")
     return table(model)
 
 
@@ -87,12 +87,22 @@ def _by_expressions(expressions: Sequence[str], names: Sequence[str]) -> set[str
         try:
             pattern = re.compile(expression)
         except re.error as error:
-            raise RecipeError(f"train.freeze: {expression!r} is not a regular expression: {error}") from error
+            raise RecipeError(f"train.freeze: {_quoted(expression)} is not a regular expression: {error}") from error
         found = {n for n in names if pattern.search(n)}
         if not found:
-            raise RecipeError(f"train.freeze: {expression!r} matches no parameter; names look like {names[0]}")
+            raise RecipeError(f"train.freeze: {_quoted(expression)} matches no parameter; {_examples(names)}")
         frozen |= found
     return frozen
+
+
+def _quoted(freeze: str | Sequence[str]) -> str:
+    return ", ".join(f'"{one}"' for one in ([freeze] if isinstance(freeze, str) else freeze))
+
+
+def _examples(names: Sequence[str]) -> str:
+    """One name of each part, to write an expression after."""
+    first = {part_of(name): name for name in reversed(names)}
+    return f"names look like {', '.join(first[part] for part in _PARTS if part in first)}"
 
 
 def _never_run(model: VisionLanguageModel) -> set[str]:

@@ -149,7 +149,11 @@ def _stages(
     names = [str(s.get("name", f"stage{i + 1}")) for i, s in enumerate(listed)]
     for name in by_stage:
         if name not in names:
-            problems.append(Problem(COMMAND_LINE, f"stages.{name}", f"unknown stage{nearest(name, names)}"))
+            problems.append(
+                Problem(
+                    COMMAND_LINE, f"stages.{name}", f"unknown stage{nearest(name, names)}; stages: {', '.join(names)}"
+                )
+            )
     stages: list[Tree] = []
     folders: dict[str, str] = {}
     for i, name in enumerate(names):
@@ -161,6 +165,10 @@ def _stages(
         problems += _hand_over(stage, base, names[:i], folders)
         out = _absolute(stage, ("out",)) or _absolute(base, ("out",), name)
         if out:
+            twin = next((earlier for earlier, folder in folders.items() if folder == out), None)
+            if twin is not None:
+                at = stage.origins.get(("out",)) or base.origins[("out",)]
+                problems.append(Problem(at.source, at.key, f"stages {twin} and {name} write the same folder, {out}"))
             stage.put(("out",), out, stage.origins.get(("out",)) or base.origins[("out",)])
             folders[name] = out
         stages.append(stage)

@@ -7,7 +7,7 @@ and keeps the origin of every value, for error messages and for the run folder's
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -93,7 +93,7 @@ class Tree:
         self.origins = {p: o for p, o in self.origins.items() if p[: len(path)] != path}
         _assign(target, path[-1], value)
         for below in _paths(value):
-            self.origins[(*path, *below)] = origin
+            self.origins[(*path, *below)] = replace(origin, key=".".join(map(str, (origin.key, *below))))
 
     def overlay(self, other: Tree) -> Tree:
         """Return this tree with `other` laid over it: mappings are merged, anything else is replaced."""

@@ -2,6 +2,7 @@
 
     recipe.yaml     the resolved recipe, with the origin of every value
     run.json        the facts that an interrupted run and its continuation must share, and what the run was made with
+    left_out.jsonl  the records that were dropped or shortened, one object each; only if there are any
     index/          what is known of the data, by the hash of all that it depends on
     metrics.jsonl   one object per optimiser step
     checkpoints/    the state of the run
@@ -25,7 +26,8 @@ from lapilli.recipe.schema import Stage
 from lapilli.train.state import complete_checkpoints
 
 MANIFEST = "run.json"
-_UNTRAINED = {MANIFEST, "index", "recipe.yaml"}
+LEFT_OUT = "left_out.jsonl"
+_UNTRAINED = {MANIFEST, LEFT_OUT, "index", "recipe.yaml"}
 """Files of a run that has not trained yet: it may start again with another recipe."""
 
 _FREE = {
@@ -85,7 +87,7 @@ def open_folder(stage: Stage, resume: str) -> RunFolder:
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder}: is a file; give another folder with out=...")
     present = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    present = [name for name in present if not name.startswith(".")]
+    present = [name for name in present if not (name.startswith(".") or _is_empty(folder / name))]
     if set(present) <= _UNTRAINED:
         return RunFolder(folder, None if resume in ("auto", "never") else _checkpoint(Path(resume), stage))
     if (folder / "model").is_dir():
@@ -121,6 +123,13 @@ def only_writer(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         except OSError as error:
             say(f"{folder}: its file system has no locks ({error.strerror}); see that nothing else trains there")
         yield
+
+
+def _is_empty(path: Path) -> bool:
+    """The metrics and checkpoints of a run that ended before its first step are no work that could be lost."""
+    if path.name == "metrics.jsonl":
+        return path.is_file() and path.stat().st_size == 0
+    return path.name == "checkpoints" and path.is_dir() and not any(path.iterdir())
 
 
 def _checkpoint(path: Path, stage: Stage) -> Path:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lapilli.assemble.folder import FolderSpec, read_spec
 from lapilli.assemble.load import load, model_folder
-from lapilli.base.errors import RunError
+from lapilli.base.errors import DataError, RecipeError, RunError
 from lapilli.base.layout import ImageLayout
 from lapilli.data.check import Corpus, index
 from lapilli.data.encode import Encoder
@@ -82,10 +82,29 @@ def reading(stage: Stage, spec: FolderSpec, tokenizer: PreTrainedTokenizerBase) 
     )
     exported = spec
     if stage.data.template is not None:
-        template = get_template(stage.data.template).bind(tokenizer)
+        try:
+            template = get_template(stage.data.template).bind(tokenizer)
+        except RecipeError as error:
+            raise RecipeError(f"data.template: {error}") from error
         spec = spec.model_copy(update={"template": template})
         exported = exported if template.user_text == "drop" else spec
     return Reading(spec, exported, tokenizer)
+
+
+def check_files(stage: Stage) -> None:
+    """Raise DataError, naming all of them, for data files and picture folders that are not there.
+
+    Said at once, before the first file is read from end to end.
+    """
+    missing = []
+    for split, sources in (("train", stage.data.train), ("validation", stage.data.validation)):
+        for source in sources:
+            if not Path(source.path).is_file():
+                missing.append(f"data.{split}: {source.path}: no such file")
+            if source.images is not None and not Path(source.images).is_dir():
+                missing.append(f"data.images: {source.images}: no such folder (for the pictures of {source.path})")
+    if missing:
+        raise DataError("\n".join(dict.fromkeys(missing)))
 
 
 def read_corpus(

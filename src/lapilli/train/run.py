@@ -7,6 +7,7 @@ stopped, by a signal or a crash, goes on from its newest complete checkpoint as 
 
 from __future__ import annotations
 
+import json
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -17,14 +18,15 @@ import torch
 import transformers
 
 from lapilli.base import atomic
-from lapilli.base.errors import DataError, RunError
+from lapilli.base.errors import DataError, LapilliError, RunError
 from lapilli.base.progress import Progress
 from lapilli.base.version import VERSION
 from lapilli.data.loader import Step
+from lapilli.data.stamp import kind_of
 from lapilli.recipe.resolved import resolved_yaml
 from lapilli.recipe.schema import Stage
 from lapilli.train.finish import export
-from lapilli.train.folder import MANIFEST, only_writer, open_folder, refuse_differences, run_facts
+from lapilli.train.folder import LEFT_OUT, MANIFEST, only_writer, open_folder, refuse_differences, run_facts
 from lapilli.train.interrupt import StopWish
 from lapilli.train.metrics import MetricsFile, read_metrics
 from lapilli.train.monitor import Monitor, padding_share
@@ -76,7 +78,13 @@ def _train(ready: Prepared, origins: Mapping[str, str], say: Say, stream: TextIO
     done = _start(ready, origins, facts, say)
     with StopWish() as wish, MetricsFile(ready.folder.metrics, done) as metrics:
         loop = _Loop(ready, metrics, facts, done)
-        loop.run(wish, stream)
+        try:
+            loop.run(wish, stream)
+        except LapilliError:
+            loop.save()
+            if loop.done:
+                say(f"stopped by an error after step {loop.done}, which is saved; the same command goes on from there")
+            raise
     if loop.done < ready.total_steps:
         say(f"stopped by {wish.signal} after step {loop.done}; the same command goes on from there")
         return Outcome(loop.done, ready.total_steps, wish.signal)
@@ -107,6 +115,7 @@ def _start(ready: Prepared, origins: Mapping[str, str], facts: dict[str, Any], s
     atomic.remove_leftovers(folder.path)
     atomic.remove_leftovers(folder.checkpoints)
     atomic.atomic_write(folder.path / "recipe.yaml", resolved_yaml(ready.stage, origins))
+    _list_left_out(ready)
     atomic.write_json(
         folder.path / MANIFEST,
         {
@@ -123,6 +132,16 @@ def _start(ready: Prepared, origins: Mapping[str, str], facts: dict[str, Any], s
         },
     )
     return done
+
+
+def _list_left_out(ready: Prepared) -> None:
+    """Name every record that a policy dropped or shortened. What a template leaves out of all of them is not listed."""
+    index = ready.corpus.index
+    everywhere = {kind for kind, count in index.note_counts().items() if count == index.records}
+    notes = [note for note in index.notes if kind_of(note.reason) not in everywhere]
+    if notes:
+        lines = [json.dumps({"record": note.where, "what": note.reason}, ensure_ascii=False) for note in notes]
+        atomic.atomic_write(ready.folder.path / LEFT_OUT, "\n".join(lines) + "\n")
 
 
 class _Loop:
@@ -150,11 +169,11 @@ class _Loop:
                 self.metrics.append(row)
                 progress.update(self.done, self.monitor.text())
                 if last or _due(self.done, train.save_every):
-                    self._save()
+                    self.save()
                 if wish.signal:
                     break
                 began = time.perf_counter()
-        self._save()
+        self.save()
 
     def _steps(self, wish: StopWish) -> Iterator[Step]:
         """The steps to come. A signal to the whole process group ends the data's workers too; that is no error then."""
@@ -190,7 +209,8 @@ class _Loop:
             memory_bytes=ready.device.peak_memory_bytes(),
         )
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write the state after the last step that was done, if it is not written yet."""
         if self.saved == self.done:
             return
         ready = self.ready

@@ -27,9 +27,12 @@ from lapilli.train.loss import LossModule
 from lapilli.train.monitor import compact
 from lapilli.train.optimizer import build_optimizer, parameter_groups
 from lapilli.train.parallel.single import Single
-from lapilli.train.reading import Reading, limits, read_corpus, read_description, reading
+from lapilli.train.reading import Reading, check_files, limits, read_corpus, read_description, reading
 
 Say = Callable[[str], None]
+
+NAMED_RECORDS = 3
+"""Records that a line of what was left out names; `left_out.jsonl` names all of them."""
 
 
 @dataclass
@@ -52,8 +55,9 @@ class Prepared:
 
 def prepare(stage: Stage, resume: str, say: Say, stream: TextIO | None = None, *, write_index: bool = True) -> Prepared:
     """Set a stage up. Raises LapilliError for whatever would stop it later, before anything is written."""
-    # 1. The folder: new, or an interrupted run of this very recipe.
+    # 1. The folder: new, or an interrupted run of this very recipe; and that the files it names are there.
     folder = open_folder(stage, resume)
+    check_files(stage)
     # 2. The device, its threads and seeds.
     device = choose_device(stage.run.device)
     _settle(stage, device)
@@ -179,8 +183,18 @@ def describe_corpus(what: str, corpus: Corpus) -> str:
     ]
     if facts["dropped"]:
         lines.append(f"  {facts['dropped']:,} of {facts['records']:,} records dropped")
-    lines += [f"  {count:,} x {kind}" for kind, count in corpus.index.note_counts().items()]
+    for kind, count in corpus.index.note_counts().items():
+        named = [] if count == facts["records"] else _short(corpus.index.noted(kind))
+        more = ", ..." if len(named) > NAMED_RECORDS else ""
+        said = f": {', '.join(named[:NAMED_RECORDS])}{more}" if named else ""
+        lines.append(f"  {count:,} x {kind}{said}")
     return "\n".join(lines)
+
+
+def _short(records: list[str]) -> list[str]:
+    """Leave the file out where all of them are in one; the line before has just read it."""
+    files = {record.partition(": record ")[0] for record in records}
+    return records if len(files) > 1 else [record.removeprefix(f"{min(files)}: ") for record in records]
 
 
 def describe_parts(parts: Sequence[PartCount]) -> str:
