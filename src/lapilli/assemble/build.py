@@ -122,7 +122,7 @@ def build(options: BuildOptions, out: Path | str, say: Callable[[str], None] = l
     say("reading weights")
     with quiet():
         model, notes = _join(plan)
-        why_not = _where_it_fits(plan, model.config)
+        why_not = where_it_fits(model.config, plan.image)
         say("proving that features fill their places")
         proof = _prove(model, plan)
         spec = FolderSpec(
@@ -146,7 +146,7 @@ def dry_run(options: BuildOptions) -> BuildReport:
     plan = _plan(options)
     with quiet():
         config = plan.config()
-        why_not = _where_it_fits(plan, config)
+        why_not = where_it_fits(config, plan.image)
         width = plan.text_config.get_text_config().hidden_size
         with torch.device("meta"):
             projector = build_projector(options.projector, config.vision_hidden_size, width)
@@ -263,18 +263,19 @@ def generation_config(
     )
 
 
-def _where_it_fits(plan: _Plan, config: LapilliConfig) -> str:
+def where_it_fits(config: LapilliConfig, image: ImageSpec) -> str:
     """Return why transformers' class and processor can't stand for this model; empty if they can."""
     if not config.image_row:
-        return "its class looks the image token up, which has no embedding row (--keep-vocabulary)"
+        return "its class looks the image token up, which has no embedding row"
     reason = hf.why_not_hf(config)
     if reason:
         return reason
-    if plan.layout.mode == "anyres":
+    layout = config.image_layout
+    if layout.mode == "anyres":
         return ""
     picture = PIL.Image.effect_noise((93, 57), 90).convert("RGB")
-    ours = normalise(to_tiles(picture, plan.image.model_copy(update={"backend": "exact"}), plan.layout), plan.image)
-    theirs = hf_image_processor(plan.image, config)(picture, return_tensors="pt")["pixel_values"]
+    ours = normalise(to_tiles(picture, image.model_copy(update={"backend": "exact"}), layout), image)
+    theirs = hf_image_processor(image, config)(picture, return_tensors="pt")["pixel_values"]
     if ours.shape != theirs.shape or float((ours - theirs).abs().max()) > 1e-4:
         return "its image processor makes other pixels"
     return ""

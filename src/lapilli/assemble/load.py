@@ -13,10 +13,11 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase
 
 from lapilli.assemble.adapter import ADAPTER_FILE, attach_adapter
 from lapilli.assemble.folder import FolderSpec, joined_fields, read_spec
+from lapilli.assemble.llava import read_llava
 from lapilli.base.errors import ModelError
 from lapilli.base.layout import ImageLayout
 from lapilli.base.version import VERSION
-from lapilli.checkpoint import hf
+from lapilli.checkpoint import hf, llava
 from lapilli.data.encode import Encoder, TooLong
 from lapilli.data.image import ImageSpec
 from lapilli.data.template import Template, get_template
@@ -94,6 +95,7 @@ def load(
     folder = model_folder(path)
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
     with quiet():
+        llava.refuse_pieces(folder)
         if (folder / ADAPTER_FILE).is_file():
             loaded = attach_adapter(folder, lambda p: load(p, dtype=dtype, template=template), base)
         elif base is not None:
@@ -118,6 +120,8 @@ def check_room(loaded: Loaded) -> None:
 
 def _load_whole(folder: Path, dtype: torch.dtype, template: str | None) -> Loaded:
     spec = read_spec(folder)
+    if spec is None and llava.is_llava(llava.read_fields(folder)):
+        return Loaded(*read_llava(folder, dtype, template), folder)
     try:
         config: Any = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:

@@ -1,0 +1,258 @@
+"""LLaVA's own layout, v1 to v1.6: one config.json for everything, and weights under `model.*`.
+
+It is recognised by what config.json holds, because `model_type` alone can't tell (`llava` is transformers' name too)
+and folders get renamed. Nothing is guessed: a setting that would change the model and is not understood is refused by
+name, and so is every tensor that has no place, or place that has no tensor.
+"""
+
+import ast
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel
+
+from lapilli.base.errors import ModelError, unknown
+from lapilli.base.layout import ImageMode
+from lapilli.checkpoint.tensors import check_tensors, read_json, read_weight_file, weight_file
+from lapilli.model.projector import check_projector
+from lapilli.model.shrink import SHRINK_ERRORS
+
+log = logging.getLogger(__name__)
+
+_LANGUAGE: dict[str, type[PreTrainedConfig]] = {"llava_llama": LlamaConfig, "llava_mistral": MistralConfig}
+_ARCHITECTURES = {"LlavaLlamaForCausalLM": "llava_llama", "LlavaMistralForCausalLM": "llava_mistral"}
+"""What `model_type: llava` stands for; folders without `architectures` are Llama's, as the first releases were."""
+
+# fmt: off
+_NO_EFFECT = frozenset((
+    "mm_hidden_size", "mm_projector_lr", "mm_vision_tower_lr", "use_mm_proj", "tune_mm_mlp_adapter",
+    "freeze_mm_mlp_adapter", "tune_mm_vision_resampler", "freeze_mm_vision_resampler", "tokenizer_padding_side",
+    "tokenizer_model_max_length", "image_crop_resolution", "image_split_resolution", "sep_image_conv_front",
+    "max_sequence_length", "vision_tower",
+))
+# fmt: on
+"""Settings of training, or of code that no release uses."""
+
+_VISION, _PROJECTOR, _NEWLINE = "model.vision_tower.vision_tower.", "model.mm_projector.", "model.image_newline"
+_COMPUTED = (".rotary_emb.inv_freq", "embeddings.position_ids")
+"""Tensors that old transformers saved although the configuration gives them."""
+
+
+@dataclass(frozen=True)
+class LlavaSettings:
+    """What a LLaVA config.json says about the model."""
+
+    language: PreTrainedConfig
+    vision_tower: str
+    """A folder, relative to the checkpoint's own, or a name on the Hub."""
+    vision_tuned: bool
+    """The vision encoder was trained too, so its weights are the checkpoint's."""
+    projector: str
+    feature_layer: int
+    feature_select: Literal["patch", "cls_patch"]
+    mode: ImageMode
+    pinpoints: tuple[tuple[int, int], ...]
+    """anyres only: canvas sizes (width, height)."""
+    im_start_end: bool
+    im_patch: bool
+    """The vocabulary has a row for `<im_patch>`, which no text uses since v1."""
+
+
+@dataclass
+class LlavaWeights:
+    """The tensors of a checkpoint by part, under the names that each part itself uses."""
+
+    language: dict[str, torch.Tensor] = field(default_factory=dict)
+    projector: dict[str, torch.Tensor] = field(default_factory=dict)
+    vision: dict[str, torch.Tensor] = field(default_factory=dict)
+    newline: torch.Tensor | None = None
+
+
+# ---- config.json ------------------------------------------------------------------------------------------------
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """Read config.json as it stands. Raises ModelError for a file that is not a JSON object."""
+    return read_json(folder / "config.json")
+
+
+def is_llava(fields: Mapping[str, Any]) -> bool:
+    """Whether config.json is in LLaVA's own layout; transformers' `llava` nests its parts' configurations."""
+    if "text_config" in fields or "vision_config" in fields:
+        return False
+    ours = fields.get("model_type") in (*_LANGUAGE, "llava", "llava_mpt")
+    return ours or any(key.startswith("mm_") for key in fields)
+
+
+def refuse_pieces(folder: Path) -> None:
+    """Raise ModelError for LLaVA's folders that are no whole model: adapters and projectors, which need a base."""
+    if not (folder / "config.json").is_file() or not is_llava(read_fields(folder)):
+        return
+    if (folder / "adapter_config.json").is_file():
+        kind = "the adapters of a LoRA run"
+    elif (folder / "mm_projector.bin").is_file() and weight_file(folder) is None:
+        kind = "a projector alone (mm_projector.bin)"
+    else:
+        return
+    raise ModelError(
+        f"{folder}: holds {kind} in LLaVA's layout, not a whole model; joining it with its base comes with conversion, "
+        "until then merge the two with the original's scripts"
+    )
+
+
+def read_settings(folder: Path) -> LlavaSettings:
+    """Read config.json; keys that are not there have the original's defaults.
+
+    Raises ModelError naming a key that is missing, has a value that can't be used, or is unknown and could matter.
+    """
+    fields = read_fields(folder)
+    where = folder / "config.json"
+    cls = _language_class(where, fields)
+    get = _Reader(where, fields)
+    mode = get.one_of("image_aspect_ratio", ("square", "pad", "anyres"), "square")
+    merge = get.one_of("mm_patch_merge_type", ("flat", "spatial_unpad"), "flat")
+    if mode == "anyres" and merge == "flat":
+        raise ModelError(f"{where}: image_aspect_ratio anyres is supported with mm_patch_merge_type spatial_unpad only")
+    settings = LlavaSettings(
+        vision_tower=get("mm_vision_tower", str, fields.get("vision_tower")),
+        vision_tuned=get("unfreeze_mm_vision_tower", bool, False),
+        projector=get("mm_projector_type", str, "linear"),
+        feature_layer=get("mm_vision_select_layer", int),
+        feature_select=get.one_of("mm_vision_select_feature", ("patch", "cls_patch"), "patch"),
+        mode=mode,
+        pinpoints=_pinpoints(where, fields.get("image_grid_pinpoints")) if mode == "anyres" else (),
+        im_start_end=get("mm_use_im_start_end", bool, False),
+        im_patch=get("mm_use_im_patch_token", bool, False),
+        language=_language_config(where, cls, fields, {*get.known, "image_grid_pinpoints"}),
+    )
+    check_projector(settings.projector)
+    return settings
+
+
+T = TypeVar("T")
+
+
+class _Reader:
+    """Reads typed values out of config.json and remembers which keys it was asked for."""
+
+    def __init__(self, where: Path, fields: Mapping[str, Any]) -> None:
+        self.where, self.fields, self.known = where, fields, set[str]()
+
+    def __call__(self, key: str, kind: type[T], default: Any = None) -> T:
+        self.known.add(key)
+        value = self.fields.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise ModelError(f"{self.where}: {key} is missing, and the original has no default for it")
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ModelError(f"{self.where}: {key} must be of type {kind.__name__}, not {value!r}")
+        return value
+
+    def one_of(self, key: str, valid: Iterable[str], default: str) -> Any:
+        value = self(key, str, default)
+        if value not in valid:
+            raise ModelError(f"{self.where}: {unknown(key, value, valid)}")
+        return value
+
+
+def _language_class(where: Path, fields: Mapping[str, Any]) -> type[PreTrainedConfig]:
+    kind = str(fields.get("model_type"))
+    if kind == "llava":
+        architecture = str((fields.get("architectures") or ["LlavaLlamaForCausalLM"])[0])
+        kind = _ARCHITECTURES.get(architecture, architecture)
+    if "mpt" in kind.lower():
+        raise ModelError(f"{where}: {kind}: LLaVA checkpoints with MPT are not read yet")
+    if kind not in _LANGUAGE:
+        raise ModelError(f"{where}: {unknown('LLaVA model', kind, [*_LANGUAGE, *_ARCHITECTURES])}")
+    return _LANGUAGE[kind]
+
+
+def _pinpoints(where: Path, value: Any) -> tuple[tuple[int, int], ...]:
+    """Canvas sizes (width, height) from a list, or from the text of one."""
+    try:
+        value = ast.literal_eval(value) if isinstance(value, str) else value
+        made = tuple((width, height) for width, height in value)
+    except (ValueError, TypeError, SyntaxError):
+        made = ()
+    if not made or not all(isinstance(side, int) and side > 0 for pair in made for side in pair):
+        raise ModelError(f"{where}: image_grid_pinpoints must be a list of [width, height], not {value!r}")
+    return made
+
+
+def _language_config(
+    where: Path, cls: type[PreTrainedConfig], fields: Mapping[str, Any], understood: set[str]
+) -> PreTrainedConfig:
+    """The language model's part of config.json. What belongs to neither part is refused if it could matter."""
+    own = set(cls().to_dict()) | {"rope_theta", "rope_scaling", "head_dim"}
+    general = {"architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path"}
+    rest = sorted(k for k, v in fields.items() if v and k not in own | general | understood | _NO_EFFECT)
+    matters = [k for k in rest if k.startswith(("mm_", "s2", "quantization_config"))]
+    if matters:
+        raise ModelError(f"{where}: {matters[0]}: {fields[matters[0]]!r} is not supported and would change the model")
+    if rest:
+        log.info("%s: settings without a use here: %s", where, ", ".join(rest))
+    try:
+        return cls(**{k: v for k, v in fields.items() if k in own - general})
+    except (*SHRINK_ERRORS, StrictDataclassError) as error:
+        raise ModelError(f"{where}: not a {cls.model_type} configuration ({' '.join(str(error).split())})") from error
+
+
+# ---- weights ----------------------------------------------------------------------------------------------------
+
+
+def read_weights(folder: Path) -> LlavaWeights:
+    """Read every tensor of the checkpoint, mapped from disk where the format allows.
+
+    Raises ModelError for missing or broken files, and for an index that disagrees with its shards.
+    """
+    file = weight_file(folder)
+    if file is None:
+        raise ModelError(f"{folder}: no weights here (model.safetensors or pytorch_model.bin, whole or with an index)")
+    weights = LlavaWeights()
+    computed = 0
+    for name, tensor in read_weight_file(file).items():
+        if name.endswith(_COMPUTED):
+            computed += 1
+        elif name.startswith(_VISION):
+            weights.vision[name.removeprefix(_VISION)] = tensor
+        elif name.startswith(_PROJECTOR):
+            weights.projector[name.removeprefix(_PROJECTOR)] = tensor
+        elif name == _NEWLINE:
+            weights.newline = tensor
+        else:
+            weights.language[name] = tensor
+    if computed:
+        log.info("%s: %d tables of positions are computed from config.json, not read", file, computed)
+    return weights
+
+
+def make_part(
+    folder: Path, auto: Any, config: PreTrainedConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    """A model of `config` (through the Auto class `auto`) with the checkpoint's tensors, in `dtype`.
+
+    Raises ModelError naming tensors that are missing, unknown or of another shape.
+    """
+    try:
+        with torch.device("meta"):
+            empty: Any = auto.from_config(config)
+    except SHRINK_ERRORS as error:
+        raise ModelError(f"{folder}: config.json describes no {config.model_type} model ({error})") from error
+    fitted = _with_prefix("vision_model.", tensors, empty.state_dict())
+    check_tensors(folder, config.model_type, fitted, empty)
+    return type(empty).from_pretrained(None, config=config, state_dict=fitted, dtype=dtype).eval()
+
+
+def _with_prefix(
+    prefix: str, tensors: Mapping[str, torch.Tensor], places: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Names with or without a prefix that transformers dropped between its versions, as `places` has them."""
+    bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if any(name.startswith(prefix) for name in places):
+        return {prefix + name: tensor for name, tensor in bare.items()}
+    return bare

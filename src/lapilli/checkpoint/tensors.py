@@ -1,0 +1,107 @@
+"""Tensor files on disk: safetensors or pickles, whole or in shards, read safely and accounted for.
+
+Pickles are read with `weights_only`, so no code in them ever runs. Every tensor must have a place in the model and
+every place a tensor: what is left over or missing is an error that names it.
+"""
+
+import json
+import struct
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from lapilli.base.errors import ModelError
+
+_BROKEN = (
+    OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, AssertionError,
+    struct.error, zipfile.BadZipFile, SafetensorError,
+)  # fmt: skip
+"""What reading a damaged file raises: the unpickler stumbles over whatever byte it meets first."""
+
+
+def weight_file(folder: Path) -> Path | None:
+    """Return the file that holds the weights, or the index of its shards, in transformers' order, or None."""
+    stems = ("model.safetensors", "pytorch_model.bin")
+    files = [folder / f"{stem}{end}" for stem in stems for end in ("", ".index.json")]
+    return next((f for f in files if f.is_file()), None)
+
+
+def read_weight_file(file: Path) -> dict[str, torch.Tensor]:
+    """Read every tensor of a weight file, or of all shards of an index, mapped from disk where the format allows.
+
+    Raises ModelError for missing or broken files, for a pickle that holds more than tensors, and for an index that
+    disagrees with its shards.
+    """
+    return _read_shards(file) if file.suffix == ".json" else _read_tensors(file)
+
+
+def check_tensors(folder: Path, part: str, tensors: Mapping[str, torch.Tensor], module: torch.nn.Module) -> None:
+    """Raise ModelError unless `tensors` fill `module`: none missing (tied ones may), none left, shapes equal."""
+    places = module.state_dict()
+    extra = sorted(set(tensors) - set(places))
+    if extra:
+        raise ModelError(f"{folder}: {len(extra)} tensors have no place in the {part}: {some(extra)}")
+    missing = sorted({name for name, _ in module.named_parameters()} - set(tensors))
+    if missing:
+        raise ModelError(f"{folder}: {len(missing)} tensors of the {part} are missing: {some(missing)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != places[name].shape:
+            raise ModelError(
+                f"{folder}: {part}: {name} has shape {tuple(tensor.shape)}, config.json asks for "
+                f"{tuple(places[name].shape)}"
+            )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises ModelError naming the file."""
+    try:
+        made = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: can't be read ({error})") from error
+    if not isinstance(made, dict):
+        raise ModelError(f"{file}: not a JSON object")
+    return made
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few names, in order, and how many more there are."""
+    first = sorted(names)
+    return ", ".join(first[:5]) + (f" and {len(first) - 5} more" if len(first) > 5 else "")
+
+
+def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(f, str) and Path(f).name == f for f in names.values()):
+        raise ModelError(f"{index}: `weight_map` must name a file of this folder for each tensor")
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(set(names.values())):
+        if not (index.parent / file).is_file():
+            raise ModelError(f"{index.parent / file}: this shard is missing; {index.name} lists it")
+        shard = _read_tensors(index.parent / file)
+        listed = {name for name, holder in names.items() if holder == file}
+        if listed != set(shard):
+            raise ModelError(f"{index.parent / file}: holds other tensors than listed: {some(listed ^ set(shard))}")
+        tensors |= shard
+    return tensors
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except UnpicklingError as error:
+        raise ModelError(f"{file}: can't be read safely: it holds more than tensors, or is broken") from error
+    except _BROKEN as error:
+        raise ModelError(
+            f"{file}: can't be read as weights ({' '.join(str(error).split()) or type(error).__name__})"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise ModelError(f"{file}: not a table of tensors")
+    return tensors
