@@ -190,7 +190,7 @@ def test_adapters_reach_the_language_model_alone_and_merge_exactly(model, tmp_pa
                 parameter.normal_(std=0.1)
     ids = torch.tensor([[1, 5, 7, 9]])
     expected = loaded.model(input_ids=ids).logits
-    save_adapter(loaded.model, model, tmp_path / "adapter")
+    save_adapter(loaded.model, loaded.tokenizer, loaded.spec, model, tmp_path / "adapter")
     merge_lora(loaded.model)
     assert torch.allclose(loaded.model(input_ids=ids).logits, expected, atol=1e-5)
     again = load(tmp_path / "adapter").model

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lapilli.assemble.load import load
 from lapilli.base.errors import DataError, LapilliError, RunError
 from lapilli.recipe.load import load_recipe
 from lapilli.train import run as run_room
@@ -321,13 +322,25 @@ def test_a_signal_to_the_whole_group_still_saves(recipe_file, tmp_path):
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == [f"step-{done:06d}"]
 
 
-def test_lora_runs_export_adapters_or_what_is_more_than_these(recipe_file):
+def test_lora_runs_export_adapters_that_know_what_they_learned(recipe_file, recwarn):
     path = recipe_file()
-    common = ["train.lora={r: 2, dropout: 0}", "train.max_steps=1", "data.template=vicuna_v1"]
-    alone, _, _ = train(path, "out=alone", *common)
-    assert (alone / "model/adapter_config.json").is_file()
-    other, _, said = train(path, "out=other", *common, "data.template=chatml")
-    assert "adapters merged, model/ holds the whole model: template chatml is not the base's" in said
-    assert json.loads((other / "model/lapilli.json").read_text())["template"]["name"] == "chatml"
-    again, _, _ = train(path, "out=again", f"model={alone}", "train.max_steps=1", "train.freeze=projector")
+    common = ["train.lora={r: 2, dropout: 0}", "train.max_steps=1"]
+    folder, _, _ = train(path, "out=adapter", *common, "data.template=chatml", "data.image_mode=square")
+    assert not (folder / "model/README.md").exists()
+    loaded = load(folder)
+    assert (loaded.template.name, loaded.image_spec.mode, loaded.layout.mode) == ("chatml", "square", "square")
+    assert "<|im_start|>" in loaded.tokenizer.chat_template
+    assert load(folder, template="v0").template.name == "v0"
+    on_top, _, _ = train(path, "out=on-top", f"model={folder}", *common)
+    assert load(on_top).template.name == "chatml"
+    again, _, _ = train(path, "out=again", f"model={folder}", "train.max_steps=1", "train.freeze=projector")
     assert (again / "model/config.json").is_file()
+    assert not [w for w in recwarn if issubclass(w.category, FutureWarning)]
+
+
+def test_lora_runs_that_learn_more_than_adapters_export_the_whole_model(recipe_file):
+    whole, _, said = train(
+        recipe_file(), "train.lora={r: 2, dropout: 0}", "train.max_steps=1", "train.freeze=full",
+    )  # fmt: skip
+    assert "adapters merged, model/ holds the whole model: the vision encoder was trained" in said
+    assert (whole / "model/config.json").is_file()

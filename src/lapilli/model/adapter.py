@@ -1,17 +1,22 @@
 """LoRA on the language model, through PEFT.
 
 Adapters are put into the layers of `model.language_model` alone, so they can't reach the vision encoder or the
-projector whatever names their layers share.
+projector whatever names their layers share. PEFT is imported where adapters are made: it takes seconds.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from __future__ import annotations
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 from torch import nn
 
 from lapilli.base.errors import RecipeError, nearest
+from lapilli.model.quiet import quiet
 from lapilli.model.vlm import VisionLanguageModel
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 _WRAPPER = "peft_wrapper"
 
@@ -39,6 +44,8 @@ def add_lora(
 
     Raises RecipeError if a name in `target_modules` is no linear layer of it, or if it has adapters already.
     """
+    from peft import LoraConfig, get_peft_model
+
     if adapters_of(model) is not None:
         raise RecipeError("train.lora: the model has adapters already; merge them first")
     language: Any = model.language_model
@@ -64,7 +71,8 @@ def add_lora(
         exclude_modules=excluded,
         task_type="CAUSAL_LM",
     )
-    wrapper = get_peft_model(language, config)
+    with quiet():
+        wrapper = get_peft_model(language, config)
     # PEFT changes the layers in place, so the language model itself stays where it is. The wrapper is kept beside the
     # module tree, for saving and merging only.
     model.__dict__[_WRAPPER] = wrapper
@@ -80,4 +88,5 @@ def merge_lora(model: VisionLanguageModel) -> None:
     """Merge the adapters into the language model's own weights; without adapters nothing changes."""
     wrapper: Any = model.__dict__.pop(_WRAPPER, None)
     if wrapper is not None:
-        model.language_model = wrapper.merge_and_unload()
+        with quiet():
+            model.language_model = wrapper.merge_and_unload()

@@ -1,8 +1,9 @@
-"""Silence for transformers while it is tried out.
+"""Silence for transformers and PEFT where what they remark is no news to the user.
 
-Probing builds models that nobody will use; what transformers would remark about them is no news to the user.
+Probing builds models that nobody will use, and PEFT asks transformers for names that transformers has since renamed.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,9 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

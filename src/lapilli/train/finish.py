@@ -22,7 +22,7 @@ def export(ready: Prepared, say: Say) -> None:
     if ready.stage.train.lora is not None:
         more = _more_than_adapters(ready)
         if more is None:
-            save_adapter(model, model_folder(str(ready.stage.model)), ready.folder.model)
+            save_adapter(model, tokenizer, spec, model_folder(str(ready.stage.model)), ready.folder.model)
             return
         say(f"adapters merged, model/ holds the whole model: {more}, which an adapter folder can't say")
         merge_lora(model)
@@ -39,11 +39,6 @@ def export(ready: Prepared, say: Say) -> None:
 
 def _more_than_adapters(ready: Prepared) -> str | None:
     """What a LoRA run changed beside adapters and projector, or None."""
-    ours, base = ready.how.exported, ready.loaded.spec
-    if ours.template != base.template:
-        return f"template {ours.template.name} is not the base's"
-    if ours.image != base.image:
-        return f"image mode {ours.image.mode} is not the base's"
     if any(p.requires_grad for p in ready.loaded.model.vision_encoder.parameters()):
         return "the vision encoder was trained"
     return None
