@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lapilli.assemble.build import BuildOptions, build
-from lapilli.base.errors import DataError, RunError
+from lapilli.base.errors import DataError, LapilliError, RunError
 from lapilli.recipe.load import load_recipe
 from lapilli.run import stages as stages_room
 from lapilli.run.stages import run_recipe
@@ -80,6 +80,21 @@ def test_bad_data_of_a_later_stage_is_told_before_the_first_one_trains(recipe, t
     (tmp_path / "instruct.json").write_text(json.dumps(records))
     with pytest.raises(DataError, match=r"nowhere.png"):
         run(recipe)
+    assert not (tmp_path / "runs/align/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.tune.train.freeze=['.*']", "freezes every parameter"),
+        ("stages.tune.train.lora={target_modules: [q_prj]}", 'did you mean "q_proj"'),
+        ("stages.tune.data.template=vicuna", 'data.template: unknown template "vicuna"'),
+        ("stages.tune.data.validation=nowhere.json", r"data.validation: .*nowhere.json: no such file"),
+    ],
+)
+def test_what_cannot_work_in_a_later_stage_is_told_before_the_first_one_trains(recipe, tmp_path, override, message):
+    with pytest.raises(LapilliError, match=message):
+        run(recipe, override)
     assert not (tmp_path / "runs/align/metrics.jsonl").exists()
 
 

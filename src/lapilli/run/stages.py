@@ -10,13 +10,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TextIO
 
+from lapilli.assemble.skeleton import skeleton
 from lapilli.base.errors import RunError
 from lapilli.recipe.load import LoadedRecipe
 from lapilli.recipe.schema import Stage
 from lapilli.train.folder import is_finished, open_folder
-from lapilli.train.reading import read_corpus, read_description, reading
+from lapilli.train.reading import check_files, read_corpus, read_description, reading
 from lapilli.train.run import Outcome, train_stage
-from lapilli.train.setup import Say, describe_corpus
+from lapilli.train.setup import Say, describe_corpus, describe_parts, make_trainable
 
 
 def run_recipe(
@@ -55,20 +56,29 @@ def run_recipe(
 
 
 def check_later_stages(stages: list[Stage], resume: str, say: Say, stream: TextIO | None, *, write_index: bool) -> None:
-    """Check folders and data of the stages after the first, whose model need not be there yet.
+    """Check folders, data and what trains of the stages after the first, whose model need not be there yet.
 
     A stage's model is described by the stage that makes it. Raises LapilliError as `train_stage` would.
     """
     if len(stages) < 2:
         return
+    for stage in stages:
+        check_files(stage)
+    started = {stages[0].out: str(stages[0].model)}
     made = {stages[0].out: reading(stages[0], *read_description(str(stages[0].model)))}
     for stage in stages[1:]:
         folder = open_folder(stage, "auto" if resume == "auto" else "never")
         before = made.get(stage.model)
         start = (before.exported, before.tokenizer) if before else read_description(str(stage.model))
         how = made[stage.out] = reading(stage, *start)
+        # Every stage changes weights only, so the model that the first of a chain starts from has its names.
+        origin = started[stage.out] = started.get(stage.model, str(stage.model))
+        model = skeleton(origin, how.spec)
+        parts = None if model is None else make_trainable(model, stage, how)
         cache = Path(folder.index) if write_index else None
         for what, sources in (("training", stage.data.train), ("validation", stage.data.validation)):
             if sources:
                 corpus = read_corpus(sources, stage, how, cache, stream)
                 say(describe_corpus(f"{what} data of stage {stage.name}", corpus))
+        if parts is not None:
+            say(describe_parts(parts))

@@ -76,7 +76,7 @@ def prepare(stage: Stage, resume: str, say: Say, stream: TextIO | None = None, *
     loader.total_steps = total_steps = count_steps(stage, loader.steps_per_epoch)
     # 6. The weights; which of them train, at which precision, where.
     loaded = load(str(stage.model), device="cpu", dtype=torch.float32)
-    parts = _make_trainable(loaded, stage, how)
+    parts = make_trainable(loaded.model, stage, how)
     _place(loaded, stage, device)
     say(describe_parts(parts))
     # 7. What drives the training.
@@ -124,8 +124,12 @@ def _settle(stage: Stage, device: Device) -> None:
     torch.manual_seed(stage.run.seed)
 
 
-def _make_trainable(loaded: Loaded, stage: Stage, how: Reading) -> Sequence[PartCount]:
-    model, train = loaded.model, stage.train
+def make_trainable(model: VisionLanguageModel, stage: Stage, how: Reading) -> Sequence[PartCount]:
+    """Add adapters, freeze, and return the table of what trains; needs names and shapes only, no weights.
+
+    Raises RecipeError for names that the model does not have, and where nothing would train.
+    """
+    train = stage.train
     if train.lora is not None:
         add_lora(
             model,
