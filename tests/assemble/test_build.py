@@ -45,9 +45,14 @@ def test_dry_run_says_what_build_makes_and_writes_nothing(parts, tmp_path):
     said = dry_run(BuildOptions(*parts))
     made = build(BuildOptions(*parts), tmp_path / "m")
     assert said.tokens_per_image == made.tokens_per_image
-    assert said.parameters["vision_encoder"] == made.parameters["vision_encoder"]
-    assert said.parameters["projector"] == made.parameters["projector"]
+    assert said.parameters == made.parameters, "the image token's row included"
     assert list(tmp_path.iterdir()) == [tmp_path / "m"]
+
+
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(parts, tmp_path):
+    for options in (BuildOptions(parts[0], str(tmp_path / "no")), BuildOptions("./no", parts[1])):
+        with pytest.raises(ModelError, match=r"(language model|vision encoder) .*no: no such folder"):
+            dry_run(options)
 
 
 def test_folder_holds_no_path_of_this_machine(model, parts):
@@ -131,7 +136,7 @@ def test_a_pickle_that_holds_more_than_tensors_is_refused(parts, tmp_path):
         ({"template": "vicuna_v2"}, "vicuna_v1"),
         ({"projector": "identity"}, "equal widths"),
         ({"feature_layers": (7,)}, "feature layer 7 does not exist"),
-        ({"vision_encoder": "nowhere"}, "vision encoder nowhere"),
+        ({"vision_encoder": "/nowhere"}, "vision encoder /nowhere"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_written(parts, tmp_path, change, message):

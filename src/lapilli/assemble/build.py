@@ -5,6 +5,7 @@ parts are probed, the image token gets its row, the class that can hold the mode
 forward pass proves that a picture has as many places in the text as it has features.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from lapilli.model.config import LapilliConfig
 from lapilli.model.language import LanguageTraits, probe_language
 from lapilli.model.projector import build_projector, check_projector
 from lapilli.model.quiet import quiet
-from lapilli.model.vision import VisionGeometry, probe_vision, vision_part
+from lapilli.model.vision import VisionGeometry, probe_vision, resolve_layers, vision_part
 from lapilli.model.vlm import VisionLanguageModel
 
 ANYRES_PINPOINTS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
@@ -153,9 +154,18 @@ def dry_run(options: BuildOptions) -> BuildReport:
         counts = {
             "vision_encoder": parts.count_parameters(plan.vision_config, AutoModel),
             "projector": _count(projector),
-            "language_model": parts.count_parameters(plan.text_config, AutoModelForCausalLM),
+            "language_model": parts.count_parameters(_grown(plan), AutoModelForCausalLM),
         }
     return _report(plan, counts, why_not, plan.notes, "")
+
+
+def _grown(plan: _Plan) -> Any:
+    """The language model's configuration with the rows that `make_room` would add."""
+    text = copy.deepcopy(plan.text_config)
+    inner = text.get_text_config()
+    if not plan.options.keep_vocabulary:
+        inner.vocab_size = max(inner.vocab_size, plan.vocabulary.size)
+    return text
 
 
 _PARTS = ("vision_encoder", "projector", "language_model")
@@ -190,6 +200,8 @@ def _plan(options: BuildOptions) -> _Plan:
         )
         if settings.assumed:
             notes.append(f"{options.vision_encoder} brings no image processor: pictures get CLIP's mean and deviation")
+        if (depth := getattr(vision_config, "num_hidden_layers", None)) is not None:
+            resolve_layers(options.feature_layers, depth)
         geometry = probe_vision(vision_config, settings.spec.tile_size)
         traits = probe_language(text_config)
         template = template.bind(tokenizer)
@@ -224,7 +236,7 @@ def _join(plan: _Plan) -> tuple[VisionLanguageModel, list[str]]:
     language = parts.read_language_model(options.language_model, dtype)
     tokens: Any = [plan.tokenizer.convert_tokens_to_ids(t) for t in plan.vocabulary.added]
     added = make_room(language, plan.vocabulary, tokens, resize=not options.keep_vocabulary)
-    notes = [f"added {added} embedding rows, set to the mean of the others"] if added else []
+    notes = [f"added {added} embedding row{'s' * (added > 1)}, set to the mean of the others"] if added else []
     language.generation_config = generation_config(
         language, plan.tokenizer, plan.template, plan.vocabulary.image_token_id
     )

@@ -24,6 +24,7 @@ from transformers import (
 from lapilli.base.errors import ModelError
 from lapilli.base.layout import ImageMode
 from lapilli.data.image import ImageSpec
+from lapilli.data.tokenizer import refuse_missing_path
 from lapilli.model.vision import native_size, vision_part
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -40,11 +41,13 @@ class ImageSettings:
 
 def read_config(name_or_path: str, part: str) -> PreTrainedConfig:
     """Read the configuration of a part. Raises ModelError that says what was looked for and where."""
+    refuse_missing_path(name_or_path, f"{part} ")
     try:
         return AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(f"{part} {name_or_path}: no Hugging Face model there ({reason})") from error
+        what = "no Hugging Face model there" if Path(name_or_path).exists() else "neither a folder nor on the Hub"
+        raise ModelError(f"{part} {name_or_path}: {what} ({reason})") from error
 
 
 def read_image_settings(name_or_path: str, config: PreTrainedConfig, mode: ImageMode, backend: Any) -> ImageSettings:

@@ -37,6 +37,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             return _from_sentencepiece(folder)
     elif folder.exists():
         raise ModelError(f"{path}: give the folder that holds the tokenizer, not a file in it")
+    else:
+        refuse_missing_path(str(path))
+        log.info("%s: no such folder here; asking the Hugging Face Hub", path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -44,6 +47,13 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise ModelError(f"{path}: {type(tokenizer).__name__} gives no character offsets; save its fast version here")
     return _as_in_file(tokenizer, folder)
+
+
+def refuse_missing_path(name: str, what: str = "") -> None:
+    """Raise ModelError for what can only be a path and is not there: the Hub, which takes half a minute to fail, has
+    names such as `owner/name`."""
+    if not Path(name).expanduser().exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ModelError(f"{what}{name}: no such folder")
 
 
 def _config(folder: Path) -> dict[str, Any]:
