@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from tests.support.parts import LANGUAGE, VISION, make_language, make_vision
 
 import lapilli
 from lapilli.assemble.build import BuildOptions, build
@@ -18,7 +19,6 @@ from lapilli.data.pack import pack
 from lapilli.data.sample import Image, Message, Sample, Text
 from lapilli.model.freeze import apply_freeze
 from lapilli.train.loss import LossModule
-from tests.support.parts import LANGUAGE, VISION, make_language, make_vision
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from lapilli.assemble.skeleton import skeleton
-from lapilli.base.errors import RunError
+from lapilli.base.errors import RecipeError, RunError
 from lapilli.recipe.load import LoadedRecipe
 from lapilli.recipe.schema import Stage
 from lapilli.train.folder import is_finished, open_folder
@@ -62,19 +62,21 @@ def check_later_stages(stages: list[Stage], resume: str, say: Say, stream: TextI
     """
     if len(stages) < 2:
         return
-    for stage in stages:
-        check_files(stage)
+    check_files(stages)
     started = {stages[0].out: str(stages[0].model)}
     made = {stages[0].out: reading(stages[0], *read_description(str(stages[0].model)))}
     for stage in stages[1:]:
         folder = open_folder(stage, "auto" if resume == "auto" else "never")
         before = made.get(stage.model)
         start = (before.exported, before.tokenizer) if before else read_description(str(stage.model))
-        how = made[stage.out] = reading(stage, *start)
         # Every stage changes weights only, so the model that the first of a chain starts from has its names.
         origin = started[stage.out] = started.get(stage.model, str(stage.model))
-        model = skeleton(origin, how.spec)
-        parts = None if model is None else make_trainable(model, stage, how)
+        try:
+            how = made[stage.out] = reading(stage, *start)
+            model = skeleton(origin, how.spec)
+            parts = None if model is None else make_trainable(model, stage, how)
+        except RecipeError as error:
+            raise RecipeError(f"stage {stage.name}: {error}") from error
         cache = Path(folder.index) if write_index else None
         for what, sources in (("training", stage.data.train), ("validation", stage.data.validation)):
             if sources:

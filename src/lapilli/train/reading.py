@@ -91,18 +91,20 @@ def reading(stage: Stage, spec: FolderSpec, tokenizer: PreTrainedTokenizerBase) 
     return Reading(spec, exported, tokenizer)
 
 
-def check_files(stage: Stage) -> None:
+def check_files(stages: Sequence[Stage]) -> None:
     """Raise DataError, naming all of them, for data files and picture folders that are not there.
 
     Said at once, before the first file is read from end to end.
     """
     missing = []
-    for split, sources in (("train", stage.data.train), ("validation", stage.data.validation)):
-        for source in sources:
-            if not Path(source.path).is_file():
-                missing.append(f"data.{split}: {source.path}: no such file")
-            if source.images is not None and not Path(source.images).is_dir():
-                missing.append(f"data.images: {source.images}: no such folder (for the pictures of {source.path})")
+    for stage in stages:
+        at = f"stage {stage.name}: data" if len(stages) > 1 else "data"
+        for split, sources in (("train", stage.data.train), ("validation", stage.data.validation)):
+            for source in sources:
+                if not Path(source.path).is_file():
+                    missing.append(f"{at}.{split}: {source.path}: no such file")
+                if source.images is not None and not Path(source.images).is_dir():
+                    missing.append(f"{at}.images: {source.images}: no such folder (for pictures of {source.path})")
     if missing:
         raise DataError("\n".join(dict.fromkeys(missing)))
 

@@ -57,7 +57,7 @@ def prepare(stage: Stage, resume: str, say: Say, stream: TextIO | None = None, *
     """Set a stage up. Raises LapilliError for whatever would stop it later, before anything is written."""
     # 1. The folder: new, or an interrupted run of this very recipe; and that the files it names are there.
     folder = open_folder(stage, resume)
-    check_files(stage)
+    check_files([stage])
     # 2. The device, its threads and seeds.
     device = choose_device(stage.run.device)
     _settle(stage, device)
