@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lapilli.generate.decoding import Answer
     from lapilli.generate.session import Session
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 HELP = """\
 /image FILE   give a picture to the next question; in the question, <image> says where it stands (else in front)
