@@ -1,7 +1,6 @@
 """The truth of every answer, by hand for known scenes and by reading the caption for random ones."""
 
 import numpy as np
-import pytest
 
 from lapilli.quickstart.questions import ONE_DIGIT, TWO_DIGITS, pair_question, questions, text_question
 from lapilli.quickstart.scenes import NUMBERS, Digit, Scene, random_scene
@@ -16,42 +15,26 @@ def answers(scene, rounds=40):
 
 def test_two_digits():
     asked = answers(Scene((RED_SEVEN, BLUE_TWO)))
-    assert (
-        asked.items()
-        >= {
-            "Which digit is on the left?": "seven",
-            "Which digit is on the right?": "two",
-            "What colour is the digit on the left?": "red",
-            "What colour is the digit on the right?": "blue",
-            "What colour is the seven?": "red",
-            "What colour is the two?": "blue",
-            "Which digit is red?": "seven",
-            "Which digit is blue?": "two",
-            "Which digit is larger?": "seven",
-            "What is the sum of the digits?": "nine",
-            "How many digits are there?": "two",
-            "Describe the picture.": "a red seven and a blue two",
-        }.items()
-    )
+    assert asked == {
+        "What is on the left?": "a red seven",
+        "What is on the right?": "a blue two",
+        "Which digit is larger?": "seven",
+        "How many digits are there?": "two",
+        "Describe the picture.": "a red seven and a blue two",
+    }
 
 
 def test_one_digit():
-    asked = answers(Scene((BLUE_TWO,)))
-    assert asked["Which digit is it?"] == "two"
-    assert asked["What colour is the digit?"] == "blue"
-    assert asked["How many digits are there?"] == "one"
-    assert "Which digit is on the left?" not in asked
+    assert answers(Scene((BLUE_TWO,))) == {
+        "Which digit is it?": "two",
+        "What colour is the digit?": "blue",
+        "How many digits are there?": "one",
+        "Describe the picture.": "a blue two",
+    }
 
 
-@pytest.mark.parametrize(
-    ("scene", "never"),
-    [
-        (Scene((Digit(4, "red"), Digit(4, "blue"))), ("What colour is the four?", "Which digit is larger?")),
-        (Scene((Digit(4, "red"), Digit(5, "red"))), ("Which digit is red?",)),
-    ],
-)
-def test_a_question_without_one_answer_is_not_asked(scene, never):
-    assert not set(never) & set(answers(scene))
+def test_a_question_without_one_answer_is_not_asked():
+    assert "Which digit is larger?" not in answers(Scene((Digit(4, "red"), Digit(4, "blue"))))
 
 
 def test_pair_questions_hold_for_the_picture_they_name():
@@ -59,10 +42,8 @@ def test_pair_questions_hold_for_the_picture_they_name():
     asked = {q.text: q.answer for q in (pair_question(Scene((RED_SEVEN,)), Scene((BLUE_TWO,)), rng) for _ in range(60))}
     assert asked == {
         "Which picture has the larger digit?": "the first",
-        "What colour is the digit in the first picture?": "red",
-        "What colour is the digit in the second picture?": "blue",
-        "Which digit is in the first picture?": "seven",
-        "Which digit is in the second picture?": "two",
+        "What is in the first picture?": "a red seven",
+        "What is in the second picture?": "a blue two",
     }
 
 
@@ -80,5 +61,6 @@ def test_questions_are_different_and_limited():
     rng = np.random.default_rng(0)
     for _ in range(50):
         asked = questions(random_scene(rng), rng, 4)
-        assert len({q.text for q in asked}) == len(asked) == 4
+        assert len({q.text for q in asked}) == len(asked)
+        assert 3 <= len(asked) <= 4
     assert len(ONE_DIGIT) < len(TWO_DIGITS)

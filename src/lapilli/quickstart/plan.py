@@ -15,13 +15,13 @@ class Sizes(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     seed: int = 0
-    language_steps: PositiveInt = 400
-    language_batch: PositiveInt = 16
+    language_steps: PositiveInt = 600
+    language_batch: PositiveInt = 8
     vision_steps: PositiveInt = 900
     vision_batch: PositiveInt = 96
     captions: PositiveInt = 3200
-    conversations: PositiveInt = 6000
-    questions_each: PositiveInt = 8
+    conversations: PositiveInt = 7000
+    questions_each: PositiveInt = 5
     held_out: PositiveInt = 64
     """Captions, and conversations, for the validation loss."""
     exams: PositiveInt = 400

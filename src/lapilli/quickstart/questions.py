@@ -26,29 +26,9 @@ class Question:
 Asker = Callable[[Scene, np.random.Generator], Question | None]
 
 
-def _digit_on(place: int, word: str) -> Asker:
-    return lambda scene, _rng: Question(f"digit {word}", f"Which digit is on the {word}?", scene.digits[place].name)
-
-
-def _colour_on(place: int, word: str) -> Asker:
-    text = f"What colour is the digit on the {word}?"
-    return lambda scene, _rng: Question(f"colour {word}", text, scene.digits[place].colour)
-
-
-def _colour_of(scene: Scene, rng: np.random.Generator) -> Question | None:
-    left, right = scene.digits
-    if left.value == right.value:
-        return None
-    asked = scene.digits[rng.integers(2)]
-    return Question("colour of a digit", f"What colour is the {asked.name}?", asked.colour)
-
-
-def _digit_of(scene: Scene, rng: np.random.Generator) -> Question | None:
-    left, right = scene.digits
-    if left.colour == right.colour:
-        return None
-    asked = scene.digits[rng.integers(2)]
-    return Question("digit of a colour", f"Which digit is {asked.colour}?", asked.name)
+def _what_is_on(place: int, word: str) -> Asker:
+    text = f"What is on the {word}?"
+    return lambda scene, _rng: Question(f"on the {word}", text, scene.digits[place].caption)
 
 
 def _larger(scene: Scene, _rng: np.random.Generator) -> Question | None:
@@ -56,10 +36,6 @@ def _larger(scene: Scene, _rng: np.random.Generator) -> Question | None:
     if left.value == right.value:
         return None
     return Question("larger digit", "Which digit is larger?", max(scene.digits, key=lambda d: d.value).name)
-
-
-def _sum(scene: Scene, _rng: np.random.Generator) -> Question:
-    return Question("sum", "What is the sum of the digits?", NUMBERS[sum(d.value for d in scene.digits)])
 
 
 def _digit(scene: Scene, _rng: np.random.Generator) -> Question:
@@ -79,10 +55,7 @@ def describe(scene: Scene, _rng: np.random.Generator) -> Question:
 
 
 ONE_DIGIT: tuple[Asker, ...] = (_digit, _colour, _count, describe)
-TWO_DIGITS: tuple[Asker, ...] = (
-    *(_digit_on(0, "left"), _digit_on(1, "right"), _colour_on(0, "left"), _colour_on(1, "right")),
-    *(_colour_of, _digit_of, _larger, _sum, _count, describe),
-)
+TWO_DIGITS: tuple[Asker, ...] = (_what_is_on(0, "left"), _what_is_on(1, "right"), _larger, _count, describe)
 
 
 def questions(scene: Scene, rng: np.random.Generator, count: int) -> list[Question]:
@@ -99,9 +72,7 @@ def pair_question(first: Scene, second: Scene, rng: np.random.Generator) -> Ques
         larger = "the first" if a.value > b.value else "the second"
         return Question("two pictures", "Which picture has the larger digit?", larger)
     word, asked = (("first", a), ("second", b))[rng.integers(2)]
-    if rng.random() < 0.5:
-        return Question("two pictures", f"What colour is the digit in the {word} picture?", asked.colour)
-    return Question("two pictures", f"Which digit is in the {word} picture?", asked.name)
+    return Question("two pictures", f"What is in the {word} picture?", asked.caption)
 
 
 def text_question(rng: np.random.Generator) -> Question:

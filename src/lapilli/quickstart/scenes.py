@@ -12,7 +12,7 @@ import numpy as np
 from lapilli.quickstart.scans import CELL_PIXELS, VARIANTS, Scans
 
 PICTURE_PIXELS = 2 * CELL_PIXELS
-"""A picture is two by two cells; two digits stand in different columns, so that left and right have a meaning."""
+"""A picture is two by two cells, one of which a digit stands in."""
 NUMBERS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
     *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
@@ -62,7 +62,7 @@ def random_scene(rng: np.random.Generator, digits: int | None = None, colours: S
 def draw(scenes: Sequence[Scene], scans: Scans, rng: np.random.Generator) -> np.ndarray:
     """Draw each scene with random scans of `scans`: (scenes, PICTURE_PIXELS, PICTURE_PIXELS, 3) uint8.
 
-    One digit stands in any of the four cells, two stand in either row of their own column.
+    One digit stands in any of the four cells, two stand side by side in either row.
     """
     size = (len(scenes), PICTURE_PIXELS, PICTURE_PIXELS, 3)
     canvas = rng.uniform(0, 50, size=(len(scenes), 1, 1, 3)) + 4 * rng.standard_normal(size, dtype=np.float32)
@@ -70,12 +70,12 @@ def draw(scenes: Sequence[Scene], scans: Scans, rng: np.random.Generator) -> np.
     inks = scans.cells[rows, rng.integers(VARIANTS, size=len(rows))][..., None]
     shades = np.array([COLOURS[d.colour] for s in scenes for d in s.digits]) * rng.uniform(0.85, 1.05, (len(rows), 1))
     shades = np.clip(shades + 8 * rng.standard_normal(shades.shape), 0, 255)
-    tops = rng.integers(2, size=len(rows)) * CELL_PIXELS
     digit = 0
     for picture, scene in zip(canvas, scenes, strict=True):
+        top = int(rng.integers(2)) * CELL_PIXELS
         columns = (0, 1) if len(scene.digits) == 2 else (int(rng.integers(2)),)
         for column in columns:
-            left, top = column * CELL_PIXELS, tops[digit]
+            left = column * CELL_PIXELS
             cell = picture[top : top + CELL_PIXELS, left : left + CELL_PIXELS]
             cell += inks[digit] * (shades[digit] - cell)
             digit += 1
