@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from tests.support.hf_process import transformers_alone
+from tests.support.tiny import build_parrot, build_tiny, make_picture
 
 import lapilli
 from lapilli.generate.decoding import Decoding
-from tests.support.hf_process import transformers_alone
-from tests.support.tiny import build_parrot, build_tiny, make_picture
 
 QUESTION = "What is in the picture?"
 

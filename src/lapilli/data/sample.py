@@ -143,8 +143,6 @@ class Batch:
             move(self.labels),
             move(self.position_ids),
             move(self.cu_seqlens),
-            {
-                k: Pixels(move(p.tiles), move(p.tiles_per_image), move(p.sizes)) for k, p in self.images.items()
-            },
+            {k: Pixels(move(p.tiles), move(p.tiles_per_image), move(p.sizes)) for k, p in self.images.items()},
             self.ids,
         )
