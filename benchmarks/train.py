@@ -1,8 +1,8 @@
 """Training speed beside the original LLaVA, in one run on one machine.
 
-    python benchmarks/train.py --llava-repo PATH --llava-python PATH [--out benchmark-run] [--rounds 1]
+    python benchmarks/train.py --llava-repo PATH --llava-python PATH [--rounds 3] [--conversations 96]
 
-Both train the same 25M-parameter language model with the same frozen vision encoder on the same 96 conversations
+Both train the same 25M-parameter language model with the same frozen vision encoder on the same conversations
 (global batch 8, AdamW, fp32): lapilli through `lapilli train`, the original through its own `train.py`, with and
 without its gradient checkpointing. A step's time is what lies between two log lines; the first step of each run is left
 out. Without `--llava-repo` only lapilli runs. `--llava-python` is an interpreter with the packages the original needs.
@@ -25,7 +25,7 @@ import torch
 from workload import gemm_rate, make_conversations, make_language_model, make_pictures, make_vision_encoder
 
 TOKENIZER = Path(__file__).parents[1] / "tests" / "reference" / "tokenizer" / "tokenizer.model"
-BATCH, CONVERSATIONS = 8, 96
+BATCH = 8
 
 
 @dataclass
@@ -132,7 +132,7 @@ def run_llava(work: Path, repo: Path, python: str, checkpointing: bool) -> Timin
     return watch(command, env, re.compile(r"\{'loss': ([0-9.]+)"))
 
 
-def useful_flops(work: Path) -> float:
+def useful_flops(work: Path, conversations: int) -> float:
     """Multiplications and additions that one pass over the data needs at least: 6 N T of the language model, causal
     attention, and the vision encoder's forward pass up to the layer that is read."""
     config = json.loads((work / "language-model" / "config.json").read_text())
@@ -141,10 +141,10 @@ def useful_flops(work: Path) -> float:
         tokens = sum(json.loads(line)["tokens"] for line in file)
     per_layer = 4 * width * width + 3 * width * inner
     matrices = 6 * layers * per_layer * tokens
-    attention = 6 * layers * width * tokens * (tokens / CONVERSATIONS)
+    attention = 6 * layers * width * tokens * (tokens / conversations)
     vision = json.loads((work / "vision-encoder" / "config.json").read_text())
     block = 4 * vision["hidden_size"] ** 2 + 2 * vision["hidden_size"] * vision["intermediate_size"]
-    pictures = len(list((work / "images").iterdir()))
+    pictures = sum("image" in record for record in json.loads((work / "data.json").read_text()))
     return matrices + attention + 2 * pictures * 577 * (vision["num_hidden_layers"] - 1) * block
 
 
@@ -154,13 +154,14 @@ def main() -> None:
     parser.add_argument("--llava-python", default=sys.executable, help="interpreter that can run it")
     parser.add_argument("--out", type=Path, default=Path("benchmark-run"))
     parser.add_argument("--rounds", type=int, default=1, help="runs of each; medians are reported")
+    parser.add_argument("--conversations", type=int, default=96, help="a multiple of the batch of 8")
     options = parser.parse_args()
     work = options.out.resolve()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     make_language_model(work / "language-model", TOKENIZER)
     make_vision_encoder(work / "vision-encoder")
-    make_conversations(work / "data.json", make_pictures(work / "images", 88), CONVERSATIONS)
+    make_conversations(work / "data.json", make_pictures(work / "images", 88), options.conversations)
     build = ["build", "--vision-encoder", "vision-encoder", "--language-model", "language-model", "--out", "model"]
     subprocess.run([sys.executable, "-m", "lapilli.cli", *build], cwd=work, check=True, stdout=subprocess.DEVNULL)
 
@@ -173,7 +174,7 @@ def main() -> None:
                 timing = run_llava(work, options.llava_repo.resolve(), options.llava_python, checkpointing)
                 results.setdefault(name, []).append(timing)
 
-    flops = useful_flops(work) / CONVERSATIONS
+    flops = useful_flops(work, options.conversations) / options.conversations
     speeds = {name: statistics.median(t.samples_per_second for t in timings) for name, timings in results.items()}
     baseline = max((speed for name, speed in speeds.items() if name != "lapilli"), default=None)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32 matrix rate {rate:.0f} GFLOP/s")
