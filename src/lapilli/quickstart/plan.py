@@ -17,7 +17,7 @@ class Sizes(BaseModel):
     seed: int = 0
     language_steps: PositiveInt = 600
     language_batch: PositiveInt = 8
-    vision_steps: PositiveInt = 900
+    vision_steps: PositiveInt = 750
     vision_batch: PositiveInt = 96
     captions: PositiveInt = 3200
     conversations: PositiveInt = 7000

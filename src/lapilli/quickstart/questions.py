@@ -4,7 +4,7 @@ Every answer is a word or a caption, so that an exact match means what it says. 
 a scene (which digit is red, when both are) is not asked of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,13 +66,11 @@ def questions(scene: Scene, rng: np.random.Generator, count: int) -> list[Questi
 
 
 def pair_question(first: Scene, second: Scene, rng: np.random.Generator) -> Question:
-    """Ask something about two pictures of one digit each that takes both, or the right one of them."""
+    """Ask something about two pictures of one digit each that takes both of them."""
     a, b = first.digits[0], second.digits[0]
-    if a.value != b.value and rng.random() < 0.5:
-        larger = "the first" if a.value > b.value else "the second"
-        return Question("two pictures", "Which picture has the larger digit?", larger)
-    word, asked = (("first", a), ("second", b))[rng.integers(2)]
-    return Question("two pictures", f"What is in the {word} picture?", asked.caption)
+    if a.value != b.value and rng.random() < 0.4:
+        return Question("two pictures", "Which digit is larger?", max(a, b, key=lambda d: d.value).name)
+    return Question("two pictures", "Describe the pictures.", f"{a.caption} and {b.caption}")
 
 
 def text_question(rng: np.random.Generator) -> Question:
@@ -84,6 +82,12 @@ def text_question(rng: np.random.Generator) -> Question:
     if form == 1:
         return Question("text only", f"Which is larger, {NUMBERS[a]} or {NUMBERS[b]}?", NUMBERS[max(a, b)])
     return Question("text only", f"Which number comes after {NUMBERS[a]}?", NUMBERS[a + 1])
+
+
+def lead(pictures: Sequence[str]) -> str:
+    """What goes before a question: one picture on a line of its own, two by name. Each is a caption or `<image>`."""
+    names = ("First: ", "Second: ") if len(pictures) == 2 else ("",)
+    return "".join(f"{name}{picture}\n" for name, picture in zip(names, pictures, strict=False))
 
 
 @dataclass(frozen=True)
@@ -102,13 +106,13 @@ class Dialogue:
 
 def random_dialogue(rng: np.random.Generator) -> Dialogue:
     """Draw what the language model is made from: a described picture, or two, or none, and questions."""
-    kind = rng.choice(3, p=(0.75, 0.15, 0.10))
+    kind = rng.choice(3, p=(0.70, 0.20, 0.10))
     if kind == 0:
         scene = random_scene(rng)
-        return Dialogue(f"{scene.caption}\n", tuple(questions(scene, rng, 8)))
+        return Dialogue(lead([scene.caption]), tuple(questions(scene, rng, 8)))
     if kind == 1:
         pair = random_scene(rng, 1), random_scene(rng, 1)
-        return Dialogue(f"{pair[0].caption}\n{pair[1].caption}\n", tuple(pair_question(*pair, rng) for _ in range(4)))
+        return Dialogue(lead([p.caption for p in pair]), tuple(pair_question(*pair, rng) for _ in range(4)))
     return Dialogue("", tuple(text_question(rng) for _ in range(6)))
 
 

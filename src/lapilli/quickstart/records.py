@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lapilli.quickstart.questions import DESCRIBE, Question, pair_question, questions, text_question
+from lapilli.data.sample import IMAGE_PLACEHOLDER
+from lapilli.quickstart.questions import DESCRIBE, Question, lead, pair_question, questions, text_question
 from lapilli.quickstart.scans import Scans
 from lapilli.quickstart.scenes import Scene, draw, random_scene
 
@@ -41,15 +42,15 @@ def save_pictures(
     return names
 
 
-def place(question: str, images: int, rng: np.random.Generator) -> str:
-    """Put `images` placeholders before the question, or, one time in three, after it."""
-    marks = "<image>\n" * images
+def place(question: str, pictures: int, rng: np.random.Generator) -> str:
+    """Put what stands for the pictures before the question, or, one time in three, after it."""
+    marks = lead([IMAGE_PLACEHOLDER] * pictures)
     return f"{question}\n{marks}".rstrip("\n") if rng.random() < 1 / 3 else marks + question
 
 
-def turns(asked: Sequence[Question], images: int, rng: np.random.Generator) -> list[dict[str, str]]:
+def turns(asked: Sequence[Question], pictures: int, rng: np.random.Generator) -> list[dict[str, str]]:
     """Return the conversation in LLaVA's form, its pictures in the first turn."""
-    texts = [place(asked[0].text, images, rng), *(q.text for q in asked[1:])]
+    texts = [place(asked[0].text, pictures, rng), *(q.text for q in asked[1:])]
     pairs = zip(texts, asked, strict=True)
     return [t for text, q in pairs for t in ({"from": "human", "value": text}, {"from": "gpt", "value": q.answer})]
 
@@ -62,7 +63,7 @@ def caption_records(scans: Scans, rng: np.random.Generator, count: int, folder: 
             "id": file.removesuffix(".png"),
             "image": file,
             "conversations": [
-                {"from": "human", "value": f"<image>\n{DESCRIBE}"},
+                {"from": "human", "value": lead([IMAGE_PLACEHOLDER]) + DESCRIBE},
                 {"from": "gpt", "value": scene.caption},
             ],
         }
@@ -106,7 +107,7 @@ def exam_records(scans: Scans, rng: np.random.Generator, count: int, folder: Pat
     for scenes in shown:
         asked = questions(scenes[0], rng, 1)[0] if len(scenes) == 1 else pair_question(scenes[0], scenes[1], rng)
         images = tuple(next(files) for _ in scenes)
-        exams.append(Exam(images, asked.kind, "<image>\n" * len(images) + asked.text, asked.answer))
+        exams.append(Exam(images, asked.kind, lead([IMAGE_PLACEHOLDER] * len(images)) + asked.text, asked.answer))
     return exams
 
 

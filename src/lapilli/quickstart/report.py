@@ -69,9 +69,7 @@ def write_report(paths: Paths, metrics: Mapping[str, Any], result: Result) -> No
             grid(paths.pictures, result),
         ),
         loss_section("Stage 1: the projector learns to say captions", read_metrics(paths.align / "metrics.jsonl")),
-        loss_section(
-            "Stage 2: projector and language model learn to answer", read_metrics(paths.instruct / "metrics.jsonl")
-        ),
+        loss_section("Stage 2: the whole model learns to answer", read_metrics(paths.instruct / "metrics.jsonl")),
         section("Time", times(metrics)),
         section("Commands", tag("pre", "\n".join(metrics["commands"]))),
         lead=f"{seen} of {held_out['questions']} held-out questions answered exactly; {blind} with the wrong picture.",
@@ -109,7 +107,7 @@ def grid(pictures: Path, result: Result) -> Html:
     for i in shown:
         exam, answer = result.exams[i], result.answers[i]
         verdict = tag("span", answer or "(nothing)", class_="good" if right[i] else "bad")
-        lines = [tag("div", exam.question.replace("<image>\n", "")), tag("div", tag("strong", verdict))]
+        lines = [tag("div", exam.question.splitlines()[-1]), tag("div", tag("strong", verdict))]
         lines.append(tag("div", f"truth: {exam.answer}", class_="soft"))
         cards.append(([enlarged(pictures / name) for name in exam.images], join(*lines)))
     return image_grid(cards)
