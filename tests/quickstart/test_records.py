@@ -50,3 +50,10 @@ def test_exams_survive_the_file_and_never_share_a_picture(scans, tmp_path):
     assert len(set(names)) == len(names)
     assert all(exam.question.count("<image>") == len(exam.images) > 0 for exam in exams)
     assert isinstance(exams[0], Exam)
+
+
+def test_two_pictures_stand_beside_their_names(scans, tmp_path):
+    records = conversation_records(scans[0], np.random.default_rng(0), 60, tmp_path, "talk", 3)
+    pairs = [r["conversations"][0]["value"] for r in records if isinstance(r.get("image"), list)]
+    assert pairs
+    assert all("First: <image>\nSecond: <image>" in text for text in pairs)
