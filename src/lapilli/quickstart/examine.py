@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false, reportIndexIssue=false
 """The held-out examination: exact match, beside two numbers that say what it is worth.
 
 The same model is asked the same questions about another exam's picture: whatever it still gets right, it knows without

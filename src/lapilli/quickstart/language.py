@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false, reportIndexIssue=false
 """Part two, made openly: a byte-level BPE tokenizer and a small Llama, trained on text alone.
 
 The texts are sums, and questions about a picture that is *described in words*. So the language model knows the words

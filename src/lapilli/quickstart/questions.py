@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false, reportIndexIssue=false
 """Questions about scenes with one right answer each, sums and words without a picture, and the language model's texts.
 
 Every answer is a word or a caption, so that an exact match means what it says. A question that has no one answer for

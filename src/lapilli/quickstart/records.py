@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false, reportIndexIssue=false
 """The data of both stages and the held-out questions, as a user brings them: LLaVA's JSON and a folder of PNG files.
 
 Stage 1 has captions. Stage 2 has conversations of several turns about one picture, about two pictures, and without

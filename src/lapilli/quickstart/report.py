@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false, reportIndexIssue=false
 """`report.html` and `metrics.json` of the quickstart: what was measured, on one page that needs nothing else."""
 
 import io

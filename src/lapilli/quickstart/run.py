@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false, reportIndexIssue=false
 """The quickstart from first scan to report.
 
 The two parts are made here, because they can't be downloaded offline. From there on only the public commands run, each
@@ -24,12 +25,12 @@ from lapilli.base.errors import RunError
 from lapilli.data.template import get_template
 from lapilli.quickstart import questions
 from lapilli.quickstart.examine import examine
-from lapilli.quickstart.language import train_language, train_tokenizer
+from lapilli.quickstart.language import train_tokenizer
+from lapilli.quickstart.parts import make_parts
 from lapilli.quickstart.plan import Paths, Sizes
 from lapilli.quickstart.records import caption_records, conversation_records, exam_records, read_exams, write_json
 from lapilli.quickstart.report import percent, write_metrics, write_report
 from lapilli.quickstart.scans import load_scans
-from lapilli.quickstart.vision import train_vision
 
 TEMPLATE = "vicuna_v1"
 RECIPES = ("align.yaml", "instruct.yaml")
@@ -53,13 +54,9 @@ class Quickstart:
         with self.phase("draw the pictures"):
             self.scans, self.held_out_scans = load_scans(self.sizes.seed)
             self.write_data()
-        with self.phase("make the language model"):
-            tokenizer = self.make_language_model()
-        with self.phase("make the vision encoder"):
-            train_vision(
-                self.scans, tokenizer, self.paths.vision_encoder,
-                seed=self.sizes.seed, steps=self.sizes.vision_steps, batch_size=self.sizes.vision_batch, say=self.say,
-            )  # fmt: skip
+        with self.phase("make the parts"):
+            self.make_tokenizer()
+            make_parts(self.paths.root, self.sizes)
         with self.phase("build"):
             self.lapilli(
                 "build", "--vision-encoder", self.paths.vision_encoder, "--language-model", self.paths.language_model,
@@ -109,19 +106,14 @@ class Quickstart:
         counts = ", ".join(f"{len(records):,} in {name}" for name, records in written.items())
         self.say(f"{len(train.ids):,} scans to train on, {len(held_out.ids)} held out; records: {counts}")
 
-    def make_language_model(self) -> Any:
-        """Train the tokenizer and the language model on text alone; returns the tokenizer."""
-        sizes = self.sizes
-        rng = np.random.default_rng(sizes.seed)
+    def make_tokenizer(self) -> None:
+        """Train the tokenizer and put it where the language model will be."""
+        rng = np.random.default_rng(self.sizes.seed)
         turns = [turn for _ in range(TOKENIZER_DIALOGUES) for turn in questions.random_dialogue(rng).turns()]
         # The template's own words are in the tokenizer's text, so that each is one token here as it is for Vicuna.
         system = [get_template(TEMPLATE).system] * 100
-        tokenizer = train_tokenizer([*system, *questions.all_words() * 20, *(text for turn in turns for text in turn)])
-        train_language(
-            tokenizer, self.paths.language_model,
-            seed=sizes.seed, steps=sizes.language_steps, batch_size=sizes.language_batch, say=self.say,
-        )  # fmt: skip
-        return tokenizer
+        texts = [*system, *questions.all_words() * 20, *(text for turn in turns for text in turn)]
+        train_tokenizer(texts).save_pretrained(self.paths.language_model)
 
     def lapilli(self, *arguments: str | Path) -> None:
         """Run a public command in a process of its own, offline. Raises RunError if it fails."""
@@ -129,7 +121,8 @@ class Quickstart:
         line = shlex.join(["lapilli", *words])
         self.commands.append(line)
         self.say(f"$ {line}")
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        # A thread that waits by spinning is worse than none when something else runs on its core.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"HF_HUB_OFFLINE": "1"}
         done = subprocess.run([sys.executable, "-m", "lapilli.cli", *words], env=environment, check=False)
         if done.returncode:
             raise RunError(f"`{line}` ended with status {done.returncode}; its message is above")

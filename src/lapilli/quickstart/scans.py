@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false, reportIndexIssue=false
 """The real images: scikit-learn's 1,797 handwritten digits, scanned at 8x8 pixels.
 
 They are the only real pictures that come with an ordinary Python package, so they need no download. They are split

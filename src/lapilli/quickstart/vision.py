@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false, reportIndexIssue=false
 """Part one, made openly: a small CLIP, trained with the contrastive loss on (picture, caption) pairs.
 
 Only its vision half is kept, as an ordinary Hugging Face folder; what it was trained with is the same loss, the same
