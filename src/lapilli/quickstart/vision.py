@@ -17,7 +17,7 @@ from lapilli.quickstart.scenes import COLOUR_NAMES, PICTURE_PIXELS, Scene, draw,
 
 MEAN, STD = (0.25, 0.25, 0.25), (0.25, 0.25, 0.25)
 """Per channel, of pixels in 0..1: the pictures are mostly dark, so ImageNet's numbers would waste range."""
-CAPTION_TOKENS = 12
+CAPTION_TOKENS = 10
 FEW_COLOURS = 2
 """In every other batch; there the captions differ mostly in their digits, which is the part that is hard to see."""
 
@@ -26,8 +26,8 @@ def clip_config(tokenizer: PreTrainedTokenizerBase) -> CLIPConfig:
     return CLIPConfig(
         text_config={
             "vocab_size": len(tokenizer),
-            "hidden_size": 96,
-            "intermediate_size": 384,
+            "hidden_size": 64,
+            "intermediate_size": 256,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "max_position_embeddings": CAPTION_TOKENS,
