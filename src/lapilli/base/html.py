@@ -6,6 +6,7 @@ Text is escaped unless it is an `Html` already, so a caption from a data file ca
 import base64
 import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
 MAX_POINTS = 600
 """Points that a curve keeps; a longer one is thinned to the mean of equal runs."""
 
+_NUMBER = re.compile(r"-?[\d,]+(\.\d+)?( ?%)?")
 _MIME = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif", b"RIFF": "image/webp"}
 
 _CSS = """
@@ -28,7 +30,7 @@ body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 62rem; background:
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 p.lead, figcaption, .soft { color: var(--soft); } p { margin: .4rem 0; }
 code, pre { font: .88em/1.45 ui-monospace, monospace; } pre { background: var(--panel); padding: .8rem 1rem;
-  border-radius: 6px; overflow-x: auto; }
+  border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; } .wide { overflow-x: auto; }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
 th { font-weight: 600; } td.n, th.n { text-align: right; }
@@ -88,13 +90,15 @@ def section(heading: str, *parts: object) -> Html:
 
 
 def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> Html:
-    """A table; cells that are numbers stand to the right. Floats are shown with four significant digits."""
+    """A table; columns of numbers, percentages among them, stand to the right. Floats have four significant digits."""
 
     def cell(name: str, value: object, number: bool) -> Html:
         shown = f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else value
         return tag(name, shown, class_="n") if number else tag(name, shown)
 
     def is_number(value: object) -> bool:
+        if isinstance(value, str):
+            return _NUMBER.fullmatch(value) is not None
         return isinstance(value, int | float) and not isinstance(value, bool)
 
     numeric = [bool(rows) and all(is_number(row[i]) for row in rows) for i in range(len(header))]
