@@ -167,6 +167,7 @@ def test_a_conversation_at_a_terminal(root, monkeypatch, capsys):
         screen.expect("a new conversation")
         screen.type("/save other.json\r")
         screen.expect("nothing to save")
+        screen.expect("> ")  # before the prompt the terminal itself, not readline, would take the key
         screen.type("\x04")
         assert screen.status() == 0
 
