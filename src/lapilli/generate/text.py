@@ -73,7 +73,9 @@ class TextStream:
         return decode(self._ids[self._context : self._told]), decode(self._ids[self._context :])
 
     def _take(self, piece: str) -> None:
-        self._context, self._told = self._told, len(self._ids)
+        if piece:  # decoding from a token that leaves no text would take the next one for the beginning of a text
+            self._context = self._told
+        self._told = len(self._ids)
         self._raw += piece
         self.stopped = self._end() < len(self._raw)
         self._show(self._end() if self.stopped else len(self._raw) - self._possible_stop())
