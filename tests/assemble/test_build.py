@@ -201,6 +201,9 @@ def test_adapters_reach_the_language_model_alone_and_merge_exactly(model, tmp_pa
     again = load(tmp_path / "adapter").model
     assert torch.allclose(again(input_ids=ids).logits, expected, atol=1e-5)
     assert torch.equal(again.projector[0].weight, loaded.model.projector[0].weight)
+    (tmp_path / "adapter" / "projector.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"adapter: projector\.safetensors is missing"):
+        load(tmp_path / "adapter", base=model)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from lapilli.assemble.build import generation_config
 from lapilli.assemble.folder import FolderSpec, joined_fields, read_spec, write_spec
+from lapilli.assemble.parts import load_projector
 from lapilli.base.atomic import atomic_folder
 from lapilli.base.errors import ModelError
 from lapilli.base.layout import ImageLayout
@@ -71,6 +72,11 @@ def attach_adapter(folder: Path, load_base: Callable[[Path], Loaded], base: Path
         raise ModelError(
             f"{folder}: an adapter; give the model it was trained on as its base ({base or 'not recorded'})"
         )
+    if not (folder / _PROJECTOR).is_file():
+        raise ModelError(
+            f"{folder}: {_PROJECTOR} is missing, so the projector that trained beside these adapters is unknown; "
+            "copy it from where the folder was made"
+        )
     loaded = load_base(Path(base))
     model = loaded.model
     try:
@@ -80,8 +86,7 @@ def attach_adapter(folder: Path, load_base: Callable[[Path], Loaded], base: Path
     except (ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{folder}: the adapter does not fit {base} ({str(error).splitlines()[0]})") from error
     model.language_model = merged
-    tensors = {k.split("projector.", 1)[1]: v for k, v in load_file(folder / _PROJECTOR).items()}
-    model.projector.load_state_dict(tensors)
+    load_projector(model.projector, folder / _PROJECTOR)
     spec = read_spec(folder)
     if spec is not None:
         _describe_as(loaded, spec, read_spec(Path(base)) or read_spec(Path(base) / "model"))

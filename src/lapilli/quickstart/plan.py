@@ -1,6 +1,6 @@
 """How much of everything the quickstart makes, and where it puts it.
 
-The numbers are chosen so that the whole takes about five minutes on two CPU cores; a test makes them tiny.
+The numbers are chosen so that the whole takes four to five minutes on two CPU cores; a test makes them tiny.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Sizes(BaseModel):
     vision_steps: PositiveInt = 750
     vision_batch: PositiveInt = 96
     captions: PositiveInt = 3200
-    conversations: PositiveInt = 8000
+    conversations: PositiveInt = 7000
     questions_each: PositiveInt = 5
     held_out: PositiveInt = 64
     """Captions, and conversations, for the validation loss."""
