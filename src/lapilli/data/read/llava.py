@@ -1,24 +1,22 @@
-"""LLaVA's conversation files, JSON list or JSONL, as Samples.
+"""LLaVA's conversations, and ShareGPT's, as Samples: turns of text with `<image>` where a picture stands.
 
-Reading is two steps, so that one bad record neither hides the others nor stops the listing: `read_records` goes
-through the file, `parse` turns one record into a Sample or says what is wrong with it. Which of the two layouts a file
-has is seen from its first character, not from its name.
+A file of them is a JSON list or JSON lines, see `data/read/stream`.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lapilli.base.errors import DataError, unknown
+from lapilli.data.read.record import Placement, RawRecord, kind
+from lapilli.data.read.stream import read_records
 from lapilli.data.sample import IMAGE_PLACEHOLDER, Image, Message, Part, Role, Sample, Text
 from lapilli.data.template import check_turns
 
-Placement = Literal["keep", "front"]
+__all__ = ["ROLES", "Placement", "RawRecord", "parse", "read", "read_records"]
 
 ROLES: dict[str, Role] = {
     "human": "user",
@@ -29,45 +27,10 @@ ROLES: dict[str, Role] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class RawRecord:
-    """One record as the file has it. `number` counts from 1; `problem` is set where it is not even JSON."""
-
-    file: str
-    number: int
-    value: Any
-    problem: str | None = None
-
-    @property
-    def where(self) -> str:
-        """File and record for messages, with the record's own id where it has one."""
-        name = self.value.get("id") if isinstance(self.value, dict) else None
-        return f"{self.file}: record {self.number}" + (f" (id {name})" if isinstance(name, str | int) else "")
-
-
 def read(path: str | Path, placement: Placement = "keep") -> Iterator[Sample]:
     """Every Sample of a file, in order. Raises DataError at the first record that is wrong."""
     for record in read_records(path):
         yield parse(record, placement)
-
-
-def read_records(path: str | Path) -> Iterator[RawRecord]:
-    """Every record of a file, in order, unchecked. Raises DataError if the file as a whole can't be read."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path}: can't read it ({error.strerror})") from error
-    start = text.lstrip()[:1]
-    if start == "[":
-        yield from _json_list(str(path), text)
-    elif start == "{":
-        yield from _json_lines(str(path), text)
-    elif not start:
-        raise DataError(f"{path}: the file is empty")
-    else:
-        raise DataError(f"{path}: begins with {start!r}: neither a JSON list ([...]) nor JSON lines ({{...}} per line)")
 
 
 def parse(record: RawRecord, placement: Placement = "keep") -> Sample:
@@ -79,7 +42,7 @@ def parse(record: RawRecord, placement: Placement = "keep") -> Sample:
     if record.problem is not None:
         raise DataError(f"{where}: {record.problem}")
     if not isinstance(value, dict):
-        raise DataError(f"{where}: a record must be an object with `conversations`, not {_kind(value)}")
+        raise DataError(f"{where}: a record must be an object with `conversations`, not {kind(value)}")
     images = _images(value, where)
     turns = _turns(value, where)
     counts = [text.count(IMAGE_PLACEHOLDER) for _, text, _ in turns]
@@ -95,38 +58,6 @@ def parse(record: RawRecord, placement: Placement = "keep") -> Sample:
     return Sample(str(record.number if name is None else name), tuple(messages), where)
 
 
-def _json_list(path: str, text: str) -> Iterator[RawRecord]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: {_not_json(error)}") from error
-    for number, value in enumerate(values, 1):
-        yield RawRecord(path, number, value)
-
-
-def _json_lines(path: str, text: str) -> Iterator[RawRecord]:
-    number = 0
-    # Not splitlines: U+2028 and its like may stand inside a JSON string.
-    for line_number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        number += 1
-        try:
-            yield RawRecord(path, number, json.loads(line))
-        except (ValueError, RecursionError) as error:
-            problem = _not_json(error, line_number)
-            if number == 1 and line.strip() == "{":
-                problem += "; an object over several lines must stand in a list: put it in [ ]"
-            yield RawRecord(path, number, None, problem)
-
-
-def _not_json(error: ValueError | RecursionError, line: int = 1) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg} (line {error.lineno + line - 1}, column {error.colno})"
-    # A number of thousands of digits, or brackets nested by the thousand.
-    return f"can't be read as JSON: {error} (line {line})"
-
-
 def _images(value: dict[str, Any], where: str) -> list[Image]:
     if value.get("image") is not None and value.get("images") is not None:
         raise DataError(f"{where}: has both `image` and `images`; keep one")
@@ -137,10 +68,10 @@ def _images(value: dict[str, Any], where: str) -> list[Image]:
     if isinstance(paths, str):
         paths = [paths]
     if not isinstance(paths, list):
-        raise DataError(f"{where}: `{field}` must be a path or a list of paths, not {_kind(paths)}")
+        raise DataError(f"{where}: `{field}` must be a path or a list of paths, not {kind(paths)}")
     for i, path in enumerate(paths):
         if not isinstance(path, str) or not path:
-            raise DataError(f"{where}: `{field}` {i + 1} must be a path, not {_kind(path) if path != '' else 'empty'}")
+            raise DataError(f"{where}: `{field}` {i + 1} must be a path, not {kind(path) if path != '' else 'empty'}")
     return [Image(path) for path in paths]
 
 
@@ -151,7 +82,7 @@ def _turns(value: dict[str, Any], where: str) -> list[tuple[Role, str, float]]:
     if turns is None:
         raise DataError(f"{where}: `conversations` is missing")
     if not isinstance(turns, list):
-        raise DataError(f"{where}: `{field}` must be a list of turns, not {_kind(turns)}")
+        raise DataError(f"{where}: `{field}` must be a list of turns, not {kind(turns)}")
     if not turns:
         raise DataError(f"{where}: `{field}` is empty; leave the record out")
     return [_turn(turn, f"{where}: {field} turn {i}") for i, turn in enumerate(turns, 1)]
@@ -159,7 +90,7 @@ def _turns(value: dict[str, Any], where: str) -> list[tuple[Role, str, float]]:
 
 def _turn(turn: Any, where: str) -> tuple[Role, str, float]:
     if not isinstance(turn, dict):
-        raise DataError(f"{where}: must be an object with `from` and `value`, not {_kind(turn)}")
+        raise DataError(f"{where}: must be an object with `from` and `value`, not {kind(turn)}")
     role = _field(turn, ("from", "role"), where)
     if role not in ROLES:
         raise DataError(f"{where}: {unknown('role', role, ROLES)}")
@@ -175,7 +106,7 @@ def _field(turn: dict[str, Any], names: tuple[str, str], where: str) -> str:
         raise DataError(f"{where}: needs `{names[0]}` or `{names[1]}`" + (", not both" if present else ""))
     value = turn[present[0]]
     if not isinstance(value, str):
-        raise DataError(f"{where}: `{present[0]}` must be text, not {_kind(value)}")
+        raise DataError(f"{where}: `{present[0]}` must be text, not {kind(value)}")
     return value
 
 
@@ -222,8 +153,3 @@ def _disagreement(where: str, placeholders: int, images: int) -> str:
         f"{where}: `image` names {images} picture(s), but the text has {placeholders} {IMAGE_PLACEHOLDER}; "
         f"write {IMAGE_PLACEHOLDER} once for each picture, where it belongs"
     )
-
-
-def _kind(value: Any) -> str:
-    names = {bool: "true/false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
