@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel
 
-from lapilli.recipe.schema import Lora, Stage
+from lapilli.recipe.schema import Lora, Source, Stage
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 
@@ -16,13 +16,13 @@ def keys(model, prefix=""):
         if isinstance(field.default, BaseModel):
             yield from keys(type(field.default), f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", field.default
+            yield f"{prefix}{name}", "required" if field.is_required() else field.default
 
 
 def test_keys_and_defaults():
-    rows = re.findall(r"^\| `([a-z_.]+)` \| .*? \| (.*?) \| ", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z_.\[\]]+)` \| .*? \| (.*?) \| ", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     written = {key: yaml.safe_load(value) for key, value in rows}
-    expected = dict(keys(Stage)) | dict(keys(Lora, "train.lora."))
+    expected = dict(keys(Stage)) | dict(keys(Lora, "train.lora.")) | dict(keys(Source, "data.train[]."))
     assert set(written) == set(expected)
     for key, default in expected.items():
         value = written[key]

@@ -181,3 +181,42 @@ def test_a_wrong_recipe_is_told_within_a_second_and_without_torch(tmp_path):
 def test_a_template_file_is_relative_to_the_recipe(tmp_path):
     recipe = load_recipe(write(tmp_path, GOOD.replace("images: pictures", "template: mine.yaml")))
     assert recipe.recipe.stages[0].data.template == str(tmp_path / "mine.yaml")
+
+
+MIX = """\
+model: parts
+out: runs/a
+data:
+  images: pictures
+  train:
+    - chat.json
+    - {path: more.json, weight: 2.5, subset: "0.0-0.5", template: mine.yaml}
+  validation: {path: more.json, subset: "0.5-1.0", template: plain}
+"""
+
+
+def test_sources_of_a_mixture(tmp_path):
+    loaded = load_recipe(write(tmp_path, MIX))
+    (stage,) = loaded.recipe.stages
+    plain, mixed = stage.data.train
+    assert (plain.weight, plain.subset, plain.template) == (1.0, None, None)
+    assert (mixed.weight, mixed.subset, mixed.template) == (2.5, "0.0-0.5", str(tmp_path / "mine.yaml"))
+    assert stage.data.validation[0].template == "plain"
+    copy = write(tmp_path, resolved_yaml(stage, loaded.stage_origins("train")), "copy.yaml")
+    assert load_recipe(copy).recipe.stages[0] == stage
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("weight: 2.5", "weight: 0", "data.train.1.weight: input should be greater than 0"),
+        ("weight: 2.5", "wieght: 2", 'data.train.1.wieght: unknown key (did you mean "weight"?)'),
+        ('"0.0-0.5"', "half", 'data.train.1.subset: "half" is no part of a file; give record numbers such as'),
+        ('"0.0-0.5"', "1:30", "data.train.1.subset: write it in quotes"),
+        ('"0.5-1.0"', '"0.5-1.0", weight: 2', "data.validation: "),
+        ("  images", "  order: length_group\n  images", 'data.order: "length_group" is not one of'),
+        ("  images", "  max_bad_ratio: 1\n  images", "data.max_bad_ratio: input should be less than 1"),
+    ],
+)
+def test_wrong_sources_are_named(tmp_path, old, new, message):
+    assert message in error(tmp_path, MIX.replace(old, new))

@@ -218,6 +218,8 @@ def _absolute_paths(stage: Tree) -> None:
             places.append(at)
         for here in [at, *((*at, i) for i in range(len(given)))] if isinstance(given, list) else [at]:
             places += [here, (*here, "path"), (*here, "images")]
+            if str(stage.get((*here, "template"))).endswith((".yaml", ".yml")):
+                places.append((*here, "template"))
     for path in dict.fromkeys(places):
         if (resolved := _absolute(stage, path)) is not None:
             stage.put(path, resolved, stage.origins[path])

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lapilli.base.errors import nearest
+from lapilli.recipe.subset import parse_subset
 
 FreezeSet = Literal["projector", "freeze_vision", "full"]
 Positive = Annotated[int, Field(gt=0)]
@@ -24,12 +25,29 @@ class Section(BaseModel):
 
 
 class Source(Section):
-    """One data file or folder and the root of its pictures."""
+    """One data file or folder, the root of its pictures, and its part in the mixture."""
 
     path: str
     """LLaVA JSON or JSONL file. A relative path is relative to the recipe file."""
     images: str | None = None
     """Folder that picture paths are relative to; no picture outside it is ever opened. Null: `data.images`."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often an epoch visits each record: the whole part of the weight, and once more for a share of the records
+    as large as the rest, drawn anew for each epoch. Of training data only."""
+    subset: str | None = None
+    """The part of the file that is read: `0:1000` by record number from 0, end excluded, or `0.0-0.5` by share of all
+    records. Null: all of it."""
+    template: str | None = None
+    """Name or YAML file of the template that renders this source; null: `data.template`. It is never exported."""
+
+    @field_validator("subset", mode="before")
+    @classmethod
+    def _known_subset(cls, value: Any) -> Any:
+        if isinstance(value, int | float):
+            raise ValueError('write it in quotes: subset: "0:30"; YAML takes it for a number otherwise')
+        if isinstance(value, str):
+            parse_subset(value)
+        return value
 
 
 def _with_images(given: Any, images: Any) -> Any:
@@ -41,7 +59,7 @@ def _with_images(given: Any, images: Any) -> Any:
 
 
 class Data(Section):
-    """What is learned from. `train` and `validation` take a path, a mapping with `path` and `images`, or a list."""
+    """What is learned from. `train` and `validation` take a path, a mapping with the keys of a source, or a list."""
 
     train: tuple[Source, ...] = ()
     validation: tuple[Source, ...] = ()
@@ -61,8 +79,17 @@ class Data(Section):
     too_long: Literal["error", "drop", "truncate_turns"] = "error"
     """What happens to a longer one. `truncate_turns` drops whole exchanges from the end, never part of an image; a
     conversation whose first exchange alone is too long is dropped. All of them are counted and listed."""
-    order: Literal["shuffled", "sequential", "modality_groups_llava"] = "shuffled"
-    """`modality_groups_llava` is the original's `group_by_modality_length`."""
+    order: Literal["shuffled", "sequential", "length_groups", "modality_groups", "modality_groups_llava"] = "shuffled"
+    """`length_groups`: the conversations of a step are of similar length in tokens; `modality_groups`: likewise, and
+    all with pictures or all without. `modality_groups_llava` is the original's `group_by_modality_length`."""
+    bad_records: Literal["error", "quarantine"] = "error"
+    """What happens to a record that can't be used. `quarantine` leaves it out, lists it with its reason, and changes
+    nothing else of the order."""
+    max_bad_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.001
+    """Part of all records that `quarantine` may leave out; one more stops the run."""
+    image_backend: Literal["exact", "fast"] | None = None
+    """How pictures are resized: `exact` as PIL does, `fast` within 2/255 of it; null: the model folder's own. The
+    exported model carries it."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that read and tokenise; 0 reads in the training process."""
     max_image_pixels: Positive = 50_000_000
@@ -75,6 +102,14 @@ class Data(Section):
     def _trainable_mode(cls, value: Any) -> Any:
         if value == "anyres":
             raise ValueError("training with tiles (anyres) comes later; use square or pad")
+        return value
+
+    @field_validator("validation")
+    @classmethod
+    def _unweighted(cls, value: tuple[Source, ...]) -> tuple[Source, ...]:
+        for source in value:
+            if source.weight != 1.0:
+                raise ValueError(f"{source.path}: a weight is for training data; validation reads everything once")
         return value
 
     @model_validator(mode="before")
