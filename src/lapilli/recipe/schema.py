@@ -40,12 +40,10 @@ class Source(Section):
     template: str | None = None
     """Name or YAML file of the template that renders this source; null: `data.template`. It is never exported."""
 
-    @field_validator("subset", mode="before")
+    @field_validator("subset")
     @classmethod
-    def _known_subset(cls, value: Any) -> Any:
-        if isinstance(value, int | float):
-            raise ValueError('write it in quotes: subset: "0:30"; YAML takes it for a number otherwise')
-        if isinstance(value, str):
+    def _known_subset(cls, value: str | None) -> str | None:
+        if value is not None:
             parse_subset(value)
         return value
 
