@@ -28,6 +28,8 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Chat = list[dict[str, str]]
 Range = tuple[int, int]
+Weighted = tuple[int, int, float]
+"""A range and how much its tokens count in the loss."""
 
 
 def bind(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -59,7 +61,9 @@ def training_spans(template: Template, sample: Sample) -> list[Piece]:
             f"{sample.where}: the tokenizer's chat template marks {len(answers)} answers where the record has "
             f"{len(turns)}; name another template"
         )
-    learnt = [span for span, turn in zip(answers, turns, strict=True) if turn.weight > 0]
+    if any(isinstance(p, Text) and p.weight is not None for m in sample.messages for p in m.parts):
+        return _pieces(text, _weighted_parts(template, chat, text, answers, sample), sample.images)
+    learnt = [(*span, turn.weight) for span, turn in zip(answers, turns, strict=True) if turn.weight > 0]
     return _pieces(text, learnt, sample.images)
 
 
@@ -67,6 +71,52 @@ def prompt_spans(template: Template, messages: Sequence[Message], generation_pro
     """Text and pictures of a prompt."""
     text, _ = _rendered(template, _chat(template, messages, "prompt"), generation_prompt, "prompt")
     return _pieces(text, [], [p for m in messages for p in m.parts if isinstance(p, Image)])
+
+
+def _weighted_parts(
+    template: Template, chat: Chat, text: str, answers: Sequence[Range], sample: Sample
+) -> list[Weighted]:
+    """The trained parts of every turn, where the turns give their parts weights of their own.
+
+    An answer's lead counts as its first words do, what ends it as its last. Raises DataError for a turn whose words
+    are not found verbatim, once, between the answers around it.
+    """
+    left, position = list(answers), 0
+    learnt: list[Weighted] = []
+    for turn, message in zip(chat, sample.messages, strict=True):
+        answer = left.pop(0) if message.role == "assistant" else None
+        begin, end = answer or (position, left[0][0] if left else len(text))
+        position = end if answer else position
+        weights = [message.part_weight(p) for p in message.parts if isinstance(p, Text)]
+        if not any(weights):
+            continue
+        places = _places(template, message, turn["content"], text[begin:end], sample.where)
+        if answer and places:
+            places[0] = (0, *places[0][1:])
+            places[-1] = (places[-1][0], end - begin, places[-1][2])
+        learnt += [(begin + a, begin + b, weight) for a, b, weight in places if weight > 0]
+    return learnt
+
+
+def _places(template: Template, message: Message, content: str, region: str, where: str) -> list[Weighted]:
+    """Where each part's words stand in the rendering `region` of a turn, with their weights."""
+    form = next((f for f in (content, content.strip(), content.rstrip(), content.lstrip()) if region.count(f) == 1), "")
+    if not form:
+        raise DataError(
+            f"{where}: the parts of a turn have weights of their own, but its text can't be found verbatim and once in "
+            "what the tokenizer's chat template makes of it; name another template"
+        )
+    first, last = region.index(form), region.index(form) + len(form)
+    at = first - content.index(form)
+    picture = len(template.image_prefix + _PICTURE + template.image_suffix)
+    places = []
+    for part in message.parts:
+        words = len(part.text) if isinstance(part, Text) else picture
+        if isinstance(part, Text):
+            begin, end = max(at, first), min(at + words, last)
+            places.append((begin, max(begin, end), message.part_weight(part)))
+        at += words
+    return places
 
 
 def _chat(template: Template, messages: Sequence[Message], where: str) -> Chat:
@@ -165,18 +215,18 @@ def _end_mark(answered: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, .
     return tuple(marks)
 
 
-def _pieces(text: str, learnt: Sequence[Range], pictures: Sequence[Image]) -> list[Piece]:
+def _pieces(text: str, learnt: Sequence[Weighted], pictures: Sequence[Image]) -> list[Piece]:
     """The rendering cut at pictures and where supervision begins and ends."""
-    edges = sorted({0, len(text), *(edge for span in learnt for edge in span)})
+    edges = sorted({0, len(text), *(edge for span in learnt for edge in span[:2])})
     left = list(pictures)
     pieces: list[Piece] = []
     for start, end in pairwise(edges):
-        supervised = any(s <= start and end <= e for s, e in learnt)
+        weight = max((w for s, e, w in learnt if s <= start and end <= e), default=0)
         for i, run in enumerate(text[start:end].split(_PICTURE)):
             if i:
                 pieces.append(left.pop(0))
             if run:
-                pieces.append(Span(run, supervised))
+                pieces.append(Span.of(run, weight))
     if left:
         raise DataError("the tokenizer's chat template leaves out pictures of this conversation; name another template")
     return pieces

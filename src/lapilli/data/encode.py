@@ -45,12 +45,16 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A run of text between pictures: ids and labels (T,), the text, and each token's characters in it (T, 2)."""
+    """A run of text between pictures: ids and labels (T,), the text, and each token's characters in it (T, 2).
+
+    `weights` (T,) float32 as in Example; None where each label counts 1.
+    """
 
     ids: np.ndarray
     labels: np.ndarray
     text: str
     offsets: np.ndarray
+    weights: np.ndarray | None = None
 
 
 class Encoder:
@@ -157,8 +161,9 @@ class Encoder:
         return ids, slots
 
     def _example(self, sample: Sample, sizes: Sizes) -> Example:
-        ids, labels, slots = self._expand(self.chunks(sample), sizes)
-        return Example(sample.id, ids, labels, slots, sample.where)
+        chunks = self.chunks(sample)
+        ids, labels, slots = self._expand(chunks, sizes)
+        return Example(sample.id, ids, labels, slots, sample.where, _weights(chunks, slots))
 
     def _truncated(self, sample: Sample, sizes: Sizes) -> tuple[Example, int] | None:
         """Longest head of whole exchanges that fits, and how many turns it lacks; None if not even one fits."""
@@ -214,9 +219,14 @@ class Encoder:
         if self.image_token_id is not None and (ids == self.image_token_id).any():
             token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
             raise DataError(f"{where}: the text itself contains the image token {token}; take it out of the text")
-        learnt = np.repeat([s.supervised for s in spans], [len(s.text) for s in spans])
+        letters = [len(s.text) for s in spans]
+        learnt = np.repeat([s.supervised for s in spans], letters)
         offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-        return [Chunk(ids, np.where(_overlapping(offsets, learnt), ids, IGNORE), text, offsets)]
+        labels = np.where(_overlapping(offsets, learnt), ids, IGNORE)
+        if all(s.weight == 1 for s in spans if s.supervised):
+            return [Chunk(ids, labels, text, offsets)]
+        worth = np.repeat([s.weight if s.supervised else 0.0 for s in spans], letters)
+        return [Chunk(ids, labels, text, offsets, _heaviest(offsets, worth))]
 
     def _expand(
         self, chunks: Sequence[Chunk | Image], sizes: Sizes
@@ -245,10 +255,34 @@ def _overlapping(offsets: np.ndarray, learnt: np.ndarray) -> np.ndarray:
     the status of the character it stands before, at the end of the text that of the last one.
     """
     before = np.concatenate([[0], np.cumsum(learnt)])
-    start, end = offsets[:, 0], offsets[:, 1]
-    start = np.where(start == end, np.minimum(start, len(learnt) - 1), start)
-    end = np.maximum(end, start + 1)
+    start, end = _characters(offsets, len(learnt))
     return before[end] > before[start]
+
+
+def _heaviest(offsets: np.ndarray, worth: np.ndarray) -> np.ndarray:
+    """The greatest weight (T,) float32 among each token's characters, found as `_overlapping` does."""
+    start, end = _characters(offsets, len(worth))
+    return np.array([worth[a:b].max() for a, b in zip(start, end, strict=True)], dtype=np.float32)
+
+
+def _characters(offsets: np.ndarray, letters: int) -> tuple[np.ndarray, np.ndarray]:
+    start, end = offsets[:, 0], offsets[:, 1]
+    start = np.where(start == end, np.minimum(start, letters - 1), start)
+    return start, np.maximum(end, start + 1)
+
+
+def _weights(chunks: Sequence[Chunk | Image], slots: Sequence[ImageSlot]) -> np.ndarray | None:
+    """Weights (T,) of the expanded chunks, None if every label counts 1."""
+    if all(isinstance(c, Image) or c.weights is None for c in chunks):
+        return None
+    tokens = iter(slot.tokens for slot in slots)
+    parts = []
+    for chunk in chunks:
+        if isinstance(chunk, Image):
+            parts.append(np.zeros(next(tokens)))
+        else:
+            parts.append(chunk.labels != IGNORE if chunk.weights is None else chunk.weights)
+    return np.concatenate(parts).astype(np.float32)
 
 
 def _run(token_id: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:

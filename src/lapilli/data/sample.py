@@ -24,7 +24,10 @@ IMAGE_PLACEHOLDER = "<image>"
 
 @dataclass(frozen=True, slots=True)
 class Text:
+    """A piece of a message. `weight`: how much its tokens count in the loss, 0 for not at all; None: as the message."""
+
     text: str
+    weight: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,8 @@ Part = Text | Image
 
 @dataclass(frozen=True, slots=True)
 class Message:
+    """One turn. `weight` is for an answer's tokens in the loss; a question is trained only where a part says so."""
+
     role: Role
     parts: tuple[Part, ...]
     weight: float = 1.0
@@ -48,6 +53,12 @@ class Message:
     def text(self) -> str:
         """The message's text with each picture as `<image>`."""
         return "".join(p.text if isinstance(p, Text) else IMAGE_PLACEHOLDER for p in self.parts)
+
+    def part_weight(self, part: Text) -> float:
+        """How much the tokens of one of the parts count in the loss."""
+        if part.weight is not None:
+            return part.weight
+        return self.weight if self.role == "assistant" else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +90,8 @@ class Example:
     """One conversation as numbers.
 
     `input_ids` (T,) int64 with the image token repeated once per feature; `labels` (T,) int64, -100 where not
-    supervised, not shifted (`labels[t]` is `input_ids[t]` or -100).
+    supervised, not shifted (`labels[t]` is `input_ids[t]` or -100). `weights` (T,) float32 says how much each label
+    counts, 0 where there is none; None: all labels count 1.
     """
 
     id: str
@@ -87,6 +99,7 @@ class Example:
     labels: np.ndarray
     images: tuple[ImageSlot, ...] = ()
     where: str = ""
+    weights: np.ndarray | None = None
 
     @property
     def length(self) -> int:

@@ -30,10 +30,19 @@ TOKENIZER = "tokenizer"
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A piece of rendered text; `supervised` text is what the model learns to write."""
+    """A piece of rendered text; `supervised` text is what the model learns to write.
+
+    `weight` (above 0) is how much its tokens count in the loss where it is supervised.
+    """
 
     text: str
     supervised: bool = False
+    weight: float = 1.0
+
+    @classmethod
+    def of(cls, text: str, weight: float) -> Span:
+        """A span that is supervised if `weight` is above 0."""
+        return cls(text, True, float(weight)) if weight > 0 else cls(text)
 
 
 Piece = Span | Image
@@ -201,11 +210,12 @@ class Template(Marks):
             pieces.append(Span(block))
             block = ""
         for question, answer in examples:
-            pieces += [Span(marks.user_prefix + question + marks.user_suffix), *self._answer(marks, (Span(answer),))]
+            shown = Message("assistant", (Text(answer),))
+            pieces += [Span(marks.user_prefix + question + marks.user_suffix), *self._answer(marks, shown)]
         first = True
         for message in turns:
             if message.role == "assistant":
-                pieces += self._answer(marks, self._content(message), message.weight > 0)
+                pieces += self._answer(marks, message)
                 continue
             prefix = marks.first_user_prefix if first and marks.first_user_prefix is not None else marks.user_prefix
             pieces += [Span(prefix + block), *self._content(message), Span(marks.user_suffix)]
@@ -232,16 +242,21 @@ class Template(Marks):
         for part in message.parts:
             if isinstance(part, Text):
                 if self.user_text == "keep" or message.role == "assistant":
-                    pieces.append(Span(part.text))
+                    pieces.append(Span.of(part.text, message.part_weight(part)))
             else:
-                pieces += [Span(self.image_prefix), part, Span(self.image_suffix)]
+                weight = message.weight if message.role == "assistant" else 0
+                pieces += [Span.of(self.image_prefix, weight), part, Span.of(self.image_suffix, weight)]
         return pieces
 
-    @staticmethod
-    def _answer(marks: Marks, content: Iterable[Piece], supervised: bool = True) -> list[Piece]:
-        inner = [Span(marks.answer_lead), *content, Span(marks.answer_end)]
-        learnt = [Span(p.text, supervised) if isinstance(p, Span) else p for p in inner]
-        return [Span(marks.answer_prefix), *learnt, Span(marks.answer_tail)]
+    def _answer(self, marks: Marks, message: Message) -> list[Piece]:
+        """An answer with what stands around it; its lead counts as its first words do, its end mark as its last."""
+        weights = [message.part_weight(p) for p in _texts(message)] or [message.weight]
+        inner = [
+            Span.of(marks.answer_lead, weights[0]),
+            *self._content(message),
+            Span.of(marks.answer_end, weights[-1]),
+        ]
+        return [Span(marks.answer_prefix), *inner, Span(marks.answer_tail)]
 
 
 TEMPLATES = MappingProxyType(
@@ -327,8 +342,8 @@ def _joined(pieces: Iterable[Piece]) -> list[Piece]:
             if not piece.text:
                 continue
             last = out[-1] if out else None
-            if isinstance(last, Span) and last.supervised == piece.supervised:
-                out[-1] = Span(last.text + piece.text, piece.supervised)
+            if isinstance(last, Span) and (last.supervised, last.weight) == (piece.supervised, piece.weight):
+                out[-1] = replace(last, text=last.text + piece.text)
                 continue
         out.append(piece)
     return out
