@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from lapilli.base.errors import DataError
 from lapilli.data import check
 from lapilli.data.check import BadData, index
 from lapilli.data.image import ImageLimits
+from lapilli.data.stamp import FileHashes
 from lapilli.recipe.schema import Source
 
 
@@ -153,11 +155,12 @@ def test_what_decides_tokens_changes_the_stamp(world, make_encoder, make_spec):
     assert stamp() == stamps[-1]
 
 
-def test_a_damaged_index_is_refused_by_name(world, make_encoder, make_spec, tmp_path):
+@pytest.mark.parametrize("name", ["samples.bin", "ends.npy", "lengths.npy", "sizes.npy", "about.json"])
+def test_a_damaged_index_is_refused_by_name(world, make_encoder, make_spec, tmp_path, name):
     run(world, make_encoder(), make_spec(), cache=tmp_path / "cache")
-    (kept,) = (tmp_path / "cache").iterdir()
-    kept.write_bytes(kept.read_bytes()[:100])
-    with pytest.raises(DataError, match=r"index-\w+\.npz: the data index is damaged"):
+    (kept,) = (tmp_path / "cache").glob("index-*")
+    (kept / name).write_bytes((kept / name).read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"index-\w+: the data index is damaged"):
         run(world, make_encoder(), make_spec(), cache=tmp_path / "cache")
 
 
@@ -174,7 +177,49 @@ def test_several_sources_keep_their_own_image_folders(world, make_encoder, make_
     text = tmp_path / "text.json"
     text.write_text(json.dumps([r for r in read(world) if "image" not in r]))
     corpus = run([Source(path=str(text)), world], make_encoder(), make_spec())
-    assert [corpus.samples[i].root for i in (0, 8)] == [None, world.images]
+    assert [corpus.samples[i].root for i in (0, 8)] == [str(tmp_path), world.images]
     assert len(corpus) == 8 + 23
-    with pytest.raises(BadData, match="names no image folder"):
+    with pytest.raises(BadData, match="there is no file"):
         run(Source(path=world.path), make_encoder(), make_spec())
+
+
+def test_bad_records_within_the_allowed_part_are_left_out_and_noted(world, make_encoder, make_spec, tmp_path):
+    (Path(world.images) / "12_0.png").unlink()
+    allowed = {"max_bad_ratio": 0.05, "cache": tmp_path / "cache"}
+    corpus = run(world, make_encoder(), make_spec(), **allowed)
+    assert (len(corpus), corpus.index.records, corpus.index.dropped) == (22, 23, 1)
+    assert 12 not in corpus.index.kept
+    (note,) = corpus.index.notes
+    assert "id r12" in note.where
+    assert note.reason.startswith('left out as bad: image "12_0.png": there is no file')
+    with pytest.raises(BadData):  # an index made under a milder policy is no excuse
+        run(world, make_encoder(), make_spec(), cache=tmp_path / "cache")
+    (Path(world.images) / "3_0.png").unlink()
+    with pytest.raises(BadData, match=r"max_bad_ratio 0.05 allows 1"):
+        run(world, make_encoder(), make_spec(), max_bad_ratio=0.05)
+
+
+def test_a_changed_file_is_seen_although_its_hash_is_remembered(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text("one")
+    os.utime(file, (1, 1))
+    hashes = FileHashes(tmp_path)
+    first = hashes.of(str(file))
+    hashes.save()
+    file.write_text("two")
+    os.utime(file, (2, 2))
+    assert FileHashes(tmp_path).of(str(file)) != first
+    file.write_text("one")
+    os.utime(file, (1, 1))
+    assert FileHashes(tmp_path).of(str(file)) == first
+
+
+def test_a_remembered_hash_spares_reading_unless_the_file_is_new(tmp_path):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    for file in (old, new):
+        file.write_text("one")
+    os.utime(old, (1, 1))
+    hashes = FileHashes(tmp_path)
+    hashes.of(str(old)), hashes.of(str(new))
+    hashes.save()
+    assert [Path(name).name for name in json.loads((tmp_path / "hashes.json").read_text())] == ["old.json"]

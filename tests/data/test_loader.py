@@ -15,6 +15,7 @@ from lapilli.data.check import Corpus, index
 from lapilli.data.image import to_tiles
 from lapilli.data.loader import TrainLoader
 from lapilli.data.pack import VISION, ExampleTooLong
+from lapilli.data.quarantine import BadRecord, Quarantine
 
 
 @pytest.fixture
@@ -162,3 +163,40 @@ def test_what_cannot_work_is_refused_before_the_first_step(make_loader):
 
 def test_waiting_is_measured(make_loader):
     assert all(step.wait_seconds > 0 for step in make_loader())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_picture_leaves_a_hole_and_nothing_moves(make_loader, world, workers):
+    whole = list(make_loader(order="sequential", total_steps=10))
+    quarantine = Quarantine(23, 0.1)
+    loader = make_loader(workers=workers, order="sequential", total_steps=10, quarantine=quarantine)
+    half(Path(world.images) / "12_0.png")
+    steps = list(loader)
+    assert [step.samples for step in steps] == [step.samples for step in whole]
+    assert [step.ids for step in steps] == [step.ids for step in whole]
+    trained = [{i for batch in step.batches for i in batch.ids} for step in steps]
+    assert trained == [set(step.ids) - {"r12"} for step in whole]
+    assert [[bad.sample for bad in step.bad] for step in steps] == [[], [], [12], *[[]] * 7], (
+        "said once, not each epoch"
+    )
+    assert "record 13 (id r12)" in quarantine.found[12].reason
+
+
+def test_a_resumed_run_leaves_out_what_it_left_out_before(make_loader, world):
+    known = Quarantine(23, 0.1, {12: BadRecord(12, "was unreadable")})
+    steps = list(make_loader(order="sequential", start_step=1, quarantine=known))
+    assert "r12" not in {i for step in steps for batch in step.batches for i in batch.ids}
+    assert not any(step.bad for step in steps)
+
+
+def test_more_bad_pictures_than_allowed_stop_the_run(make_loader, world):
+    loader = make_loader(order="sequential", quarantine=Quarantine(23, 0.1))
+    for name in ("3_0", "6_0", "12_0"):
+        half(Path(world.images) / f"{name}.png")
+    seen = []
+    with pytest.raises(
+        DataError, match=r"3 of 23 records are bad, more than data.max_bad_ratio 0.1 allows \(2\)"
+    ) as told:
+        seen.extend(step.step for step in loader)
+    assert seen == [0, 1]
+    assert "id r12" in str(told.value)

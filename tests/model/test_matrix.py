@@ -98,7 +98,7 @@ def gradients(loaded, batch_list):
     count = sum(b.supervised for b in batch_list)
     total = 0.0
     for batch in batch_list:
-        loss, _ = module(batch)
+        loss = module(batch)
         (loss / count).backward()
         total += float(loss.detach()) / count
     named = loaded.model.named_parameters()

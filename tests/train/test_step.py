@@ -1,7 +1,9 @@
 """A step's loss and gradients: what they are, and what they may not depend on."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,6 +59,31 @@ def test_logits_in_pieces_give_the_same_gradients(tiny_model, tiny_step, split, 
     assert pieces_loss == pytest.approx(loss, rel=1e-6)
     for name, gradient in whole.items():
         torch.testing.assert_close(pieces[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_a_label_counts_as_much_as_it_weighs(tiny_model, tiny_step, split, image_spec, monkeypatch):
+    model, (examples, tiles) = tiny_model(), tiny_step(4)
+
+    def weighted(first, rest):
+        return [
+            replace(e, weights=np.where(e.labels == IGNORE, 0, first if i == 0 else rest).astype(np.float32))
+            for i, e in enumerate(examples)
+        ]
+
+    loss, _ = gradients(model, image_spec, split(examples, tiles, 1))
+    same, _ = gradients(model, image_spec, split(weighted(0.5, 0.5), tiles, 1))
+    assert same == pytest.approx(loss, rel=1e-6)
+    # Weight 0 is as if the conversation had no answer; with weight 3 it is as if it were there three times.
+    for first, picked in ((0, [1, 2, 3]), (3, [0, 0, 0, 1, 2, 3])):
+        chosen = split([examples[i] for i in picked], [tiles[i] for i in picked], 1)
+        expected, wanted = gradients(model, image_spec, chosen)
+        found, got = gradients(model, image_spec, split(weighted(first, 1), tiles, 2))
+        assert found == pytest.approx(expected, rel=1e-5)
+        for name, gradient in wanted.items():
+            assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+    monkeypatch.setattr(loss_room, "LOGITS_AT_ONCE", 97 * 5)
+    pieces, _ = gradients(model, image_spec, split(weighted(3, 1), tiles, 2))
+    assert pieces == pytest.approx(found, rel=1e-6)
 
 
 def test_weights_of_micro_batches():

@@ -1,34 +1,41 @@
 """The check that a run starts with: every record read, every picture's header opened, every conversation counted.
 
 A run of days must not stop at record 400,000, so all problems of all records are found and listed before training
-starts. What is learnt on the way is kept under the data stamp, so that the next start is immediate. Pictures are
-decoded in training, not here, unless their file lacks its end.
+starts. Records pass through one chunk at a time into a folder of arrays and Samples under the data stamp; opening it
+again, in any number of processes, only maps its files. Pictures are decoded in training, not here, unless their file
+lacks its end.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-from collections import defaultdict
+import tempfile
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 
+from lapilli.base.atomic import atomic_folder
 from lapilli.base.errors import DataError
 from lapilli.base.progress import Progress
 from lapilli.data.encode import Encoder
 from lapilli.data.image import ImageLimits, ImageSpec, image_size
 from lapilli.data.order import llava_length
-from lapilli.data.read.llava import Placement, RawRecord, parse, read_records
+from lapilli.data.read.open import open_source
+from lapilli.data.read.record import Placement, RawRecord, Reader
 from lapilli.data.sample import Image, Sample
-from lapilli.data.stamp import DataIndex, Note, kind_of, make_stamp
-from lapilli.data.store import SampleStore
+from lapilli.data.stamp import DataIndex, Note, index_folder, kind_of, make_stamp
+from lapilli.data.store import SampleStore, StoreWriter, encode
 from lapilli.recipe.schema import Source
+from lapilli.recipe.subset import parse_subset
 
 CHUNK_RECORDS = 500
 """Records that a worker checks at a time."""
@@ -53,25 +60,26 @@ class Corpus:
 class BadData(DataError):
     """Records that can't be used. `problems` holds one message per record, each naming file and record."""
 
-    def __init__(self, problems: Sequence[tuple[str, str]], records: int) -> None:
+    def __init__(self, problems: Sequence[tuple[str, str]], records: int, max_bad_ratio: float = 0.0) -> None:
         self.problems = tuple(f"{where}: {message}" for where, message in problems)
-        super().__init__(_report(problems, records))
+        allowed = f"\n(data.max_bad_ratio {max_bad_ratio:g} allows {int(records * max_bad_ratio):,})"
+        super().__init__(_report(problems, records) + (allowed if max_bad_ratio else ""))
 
 
 @dataclass(frozen=True)
 class _Settings:
-    encoder: Encoder
+    readers: tuple[Reader, ...]
+    encoders: tuple[Encoder, ...]
     spec: ImageSpec
     placement: Placement
     limits: ImageLimits
-    roots: tuple[str | None, ...]
-    parse_only: bool
 
 
 @dataclass
 class _Found:
-    """What some records gave: one entry per usable Sample in all but the last three."""
+    """What some records gave: one entry per usable Sample in all but the last four."""
 
+    records: int = 0
     blobs: list[bytes] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
@@ -83,57 +91,74 @@ class _Found:
     """(where, message)"""
 
     def extend(self, other: _Found) -> None:
-        for name, values in vars(self).items():
-            values.extend(getattr(other, name))
+        """Add what later records gave, but for their Samples."""
+        self.records += other.records
+        for name in ("kept", "facts", "sizes", "notes", "problems"):
+            getattr(self, name).extend(getattr(other, name))
 
 
 def index(
     sources: Sequence[Source],
-    encoder: Encoder,
+    encoder: Encoder | Sequence[Encoder],
     spec: ImageSpec,
     *,
     placement: Placement = "keep",
     limits: ImageLimits | None = None,
     cache: str | Path | None = None,
     workers: int = 0,
+    max_bad_ratio: float = 0.0,
     stream: TextIO | None = None,
 ) -> Corpus:
     """Read and check every record of `sources`; return the usable Samples with their index.
 
-    `cache` is a folder that keeps indexes by stamp; where one fits, records are only parsed. `workers` processes share
-    the work (0: this one does it). Progress goes to `stream` (default: standard error). Raises BadData listing every
-    bad record, counted by kind, and DataError if a file can't be read at all or nothing is left.
+    `encoder` serves all sources, or is one for each (they differ in their templates, and in nothing else).
+    `cache` is a folder that keeps indexes by stamp; where one fits, it is opened and nothing is read. `workers`
+    processes share the work (0: this one does it). Progress goes to `stream` (default: standard error).
+    `max_bad_ratio` is the part of all records that may be left out, each with a Note, for being bad. Raises BadData
+    listing every bad record, counted by kind, and DataError if a file can't be read at all or nothing is left.
     """
     limits = limits or ImageLimits()
-    roots = tuple(source.images for source in sources)
-    stamp = make_stamp(sources, encoder, spec, placement, limits)
-    known = None if cache is None else DataIndex.load(cache, stamp)
-    records: list[Record] = []
-    for place, source in enumerate(sources):
-        records += [(len(records) + i, place, raw) for i, raw in enumerate(read_records(source.path))]
-    total = len(records)
-    if known is not None:
-        records = [records[i] for i in known.kept]
-    settings = _Settings(encoder, spec, placement, limits, roots, parse_only=known is not None)
-    found = _check_all(records, settings, workers, "reading data" if known else "checking data", stream)
-    if found.problems:
-        raise BadData(found.problems, total)
-    new = known is None
-    known = _index(stamp, found, total) if known is None else known
-    if not len(known):
-        names = ", ".join(source.path for source in sources)
-        why = "; ".join(f"{count:,} x {kind}" for kind, count in known.note_counts().items())
-        raise DataError(f"{names}: nothing is left to train on: {total:,} records{why and f', {why}'}")
-    if new and cache is not None:
-        known.save(cache)
-    return Corpus(SampleStore(found.blobs, found.sources, roots), known)
+    encoders = (encoder,) * len(sources) if isinstance(encoder, Encoder) else tuple(encoder)
+    readers = tuple(open_source(source, None if cache is None else Path(cache)) for source in sources)
+    roots = tuple(reader.images for reader in readers)
+    stamp = make_stamp(sources, readers, encoders, spec, placement, limits, max_bad_ratio, cache)
+    kept = None if cache is None else index_folder(cache, stamp)
+    if kept is not None and kept.is_dir():
+        return _open(kept, stamp, roots)
+    settings = _Settings(readers, encoders, spec, placement, limits)
+    place: AbstractContextManager[str | Path] = (
+        tempfile.TemporaryDirectory() if kept is None else atomic_folder(kept, replace=True)
+    )
+    with place as folder:
+        found = _check_all(sources, settings, workers, Path(folder), stream)
+        if len(found.problems) > int(found.records * max_bad_ratio):
+            raise BadData(found.problems, found.records, max_bad_ratio)
+        found.notes += [Note(where, f"left out as bad: {message}") for where, message in found.problems]
+        _index(stamp, found).save(folder)
+        # Mapped before it gets its name, or loses it: a file that is mapped stays readable either way.
+        corpus = _open(Path(folder), stamp, roots)
+        if not len(corpus):
+            names = ", ".join(source.path for source in sources)
+            why = "; ".join(f"{count:,} x {kind}" for kind, count in corpus.index.note_counts().items())
+            raise DataError(f"{names}: nothing is left to train on: {found.records:,} records{why and f', {why}'}")
+    return corpus
 
 
-def _index(stamp: str, found: _Found, records: int) -> DataIndex:
+def _open(folder: Path, stamp: str, roots: Sequence[str | None]) -> Corpus:
+    try:
+        known, samples = DataIndex.open(folder), SampleStore.open(folder, roots)
+        if known.stamp != stamp or len(known) != len(samples):
+            raise ValueError("its files belong to different indexes")
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise DataError(f"{folder}: the data index is damaged ({error}); delete it and it is made again") from error
+    return Corpus(samples, known)
+
+
+def _index(stamp: str, found: _Found) -> DataIndex:
     facts = np.array(found.facts, dtype=np.int32).reshape(-1, 4)
     return DataIndex(
         stamp,
-        records,
+        found.records,
         np.array(found.kept, dtype=np.int64),
         *(np.ascontiguousarray(column) for column in facts.T),
         sizes=np.array(found.sizes, dtype=np.int32).reshape(-1, 2),
@@ -142,28 +167,64 @@ def _index(stamp: str, found: _Found, records: int) -> DataIndex:
 
 
 def _check_all(
-    records: Sequence[Record], settings: _Settings, workers: int, what: str, stream: TextIO | None
+    sources: Sequence[Source], settings: _Settings, workers: int, folder: Path, stream: TextIO | None
 ) -> _Found:
-    chunks = [range(i, min(len(records), i + CHUNK_RECORDS)) for i in range(0, len(records), CHUNK_RECORDS)]
+    """Check every record; usable Samples go into `folder` as they come."""
     found = _Found()
-    with Progress(what, len(records), stream=stream) as progress:
-        for chunk, part in zip(chunks, _parts(records, chunks, settings, workers), strict=True):
+    with Progress("checking data", stream=stream) as progress, StoreWriter(folder) as store:
+        for part in _parts(_chunks(sources, settings.readers), settings, workers):
+            for blob, source in zip(part.blobs, part.sources, strict=True):
+                store.append(blob, source)
             found.extend(part)
             bad = f"{len(found.problems):,} bad" if found.problems else ""
-            progress.advance(len(chunk), bad)
+            progress.advance(part.records, bad)
     return found
 
 
-def _parts(records: Sequence[Record], chunks: Sequence[range], settings: _Settings, workers: int) -> Iterator[_Found]:
+def _chunks(sources: Sequence[Source], readers: Sequence[Reader]) -> Iterator[list[Record]]:
+    """The records of all sources, or of the parts of them that are asked for, some at a time."""
+
+    def records() -> Iterator[Record]:
+        number = 0
+        for place, (source, reader) in enumerate(zip(sources, readers, strict=True)):
+            start, stop = _bounds(source, reader)
+            for number, raw in enumerate(islice(reader.records(), start, stop), number):  # noqa: B020
+                yield number, place, raw
+            number += 1
+
+    everything = records()
+    while chunk := list(islice(everything, CHUNK_RECORDS)):
+        yield chunk
+
+
+def _bounds(source: Source, reader: Reader) -> tuple[int, int | None]:
+    """First record of the source's part, from 0, and the one after its last (None: the end).
+
+    A share needs the number of all records first, so the source is then read twice.
+    """
+    if source.subset is None:
+        return 0, None
+    subset = parse_subset(source.subset)
+    return subset.bounds(sum(1 for _ in reader.records()))
+
+
+def _parts(chunks: Iterator[list[Record]], settings: _Settings, workers: int) -> Iterator[_Found]:
     """Each chunk's findings, in order, from this process or from `workers` forked ones."""
-    if workers < 2 or len(chunks) < 2:
+    if workers < 2:
         for chunk in chunks:
-            yield _check_chunk(records, chunk, settings)
+            yield _check_chunk(chunk, settings)
         return
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, context, _Worker.start, (records, settings)) as pool:
+    with ProcessPoolExecutor(workers, context, _Worker.start, (settings,)) as pool:
+        waiting: deque[Future[_Found]] = deque()
         try:
-            yield from pool.map(_Worker.check, chunks)
+            for chunk in chunks:
+                waiting.append(pool.submit(_Worker.check, chunk))
+                # Read no further ahead than keeps the workers busy, so that memory does not grow with the file.
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise DataError(
                 "a process that checked the data was killed, probably for want of memory; try data.workers: 0"
@@ -171,33 +232,31 @@ def _parts(records: Sequence[Record], chunks: Sequence[range], settings: _Settin
 
 
 class _Worker:
-    """What a forked process inherits: the records need not be sent to it."""
+    """What a forked process inherits."""
 
-    records: Sequence[Record]
     settings: _Settings
 
     @classmethod
-    def start(cls, records: Sequence[Record], settings: _Settings) -> None:
+    def start(cls, settings: _Settings) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        cls.records, cls.settings = records, settings
+        cls.settings = settings
 
     @classmethod
-    def check(cls, chunk: range) -> _Found:
-        return _check_chunk(cls.records, chunk, cls.settings)
+    def check(cls, chunk: Sequence[Record]) -> _Found:
+        return _check_chunk(chunk, cls.settings)
 
 
-def _check_chunk(records: Sequence[Record], chunk: range, settings: _Settings) -> _Found:
-    found = _Found()
-    for i in chunk:
-        number, source, raw = records[i]
+def _check_chunk(chunk: Sequence[Record], settings: _Settings) -> _Found:
+    found = _Found(records=len(chunk))
+    for number, source, raw in chunk:
         try:
-            sample = parse(raw, settings.placement)
-            if not settings.parse_only and not _check_sample(sample, source, settings, found):
+            sample = settings.readers[source].parse(raw, settings.placement)
+            if not _check_sample(sample, source, settings, found):
                 continue
         except DataError as error:
             found.problems.append((raw.where, str(error).removeprefix(f"{raw.where}: ")))
             continue
-        found.blobs.append(SampleStore.blob(sample))
+        found.blobs.append(encode(sample))
         found.sources.append(source)
         found.kept.append(number)
     return found
@@ -206,7 +265,7 @@ def _check_chunk(records: Sequence[Record], chunk: range, settings: _Settings) -
 def _check_sample(sample: Sample, source: int, settings: _Settings, found: _Found) -> bool:
     """Count one Sample into `found`; False if a policy drops it. Raises DataError."""
     sizes = [_size(image, source, settings, sample.where) for image in sample.images]
-    encoded = settings.encoder.encode_noted(sample, sizes)
+    encoded = settings.encoders[source].encode_noted(sample, sizes)
     found.notes += [Note(sample.where, reason) for reason in encoded.notes]
     if encoded.example is None:
         return False
@@ -217,7 +276,7 @@ def _check_sample(sample: Sample, source: int, settings: _Settings, found: _Foun
 
 
 def _size(image: Image, source: int, settings: _Settings, where: str) -> tuple[int, int]:
-    size = image_size(image, settings.roots[source], settings.limits, where)
+    size = image_size(image, settings.readers[source].images, settings.limits, where)
     try:
         settings.spec.check_size(*size)
     except DataError as error:

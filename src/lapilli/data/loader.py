@@ -27,6 +27,7 @@ from lapilli.data.encode import Encoder
 from lapilli.data.image import ImageLimits, ImageSpec, open_image, to_tiles
 from lapilli.data.order import epoch_order
 from lapilli.data.pack import ExampleTooLong, consecutive, pack, plan_step
+from lapilli.data.quarantine import BadRecord, Quarantine
 from lapilli.data.sample import Batch, Example, ImageSlot
 
 PREFETCH = 4
@@ -49,7 +50,11 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step's data. `wait_seconds` is how long the consumer waited for it."""
+    """One optimiser step's data. `wait_seconds` is how long the consumer waited for it.
+
+    `samples` and `ids` are those planned; Samples in quarantine are in none of the `batches`, and `bad` names the ones
+    found in this step.
+    """
 
     step: int
     epoch: int
@@ -57,6 +62,7 @@ class Step:
     ids: tuple[str, ...]
     batches: list[Batch]
     wait_seconds: float
+    bad: tuple[BadRecord, ...] = ()
 
 
 class TrainLoader:
@@ -66,6 +72,8 @@ class TrainLoader:
     of an epoch is a step of its own. Micro-batches are packed by `tokens_per_micro_batch`, or are `micro_batch_size`
     consecutive Samples. A Step is a pure function of (corpus, these settings, seed, k): not of `workers`,
     `start_step`, or any random state. `workers` processes are forked (0: everything happens in this process).
+    `encoder` serves all sources, or is one for each. With a `quarantine`, a Sample that can't be read leaves a hole in
+    its batch; without one it is an error.
 
     Raises ExampleTooLong or RecipeError when made, DataError naming the record while iterating.
     """
@@ -73,7 +81,7 @@ class TrainLoader:
     def __init__(
         self,
         corpus: Corpus,
-        encoder: Encoder,
+        encoder: Encoder | Sequence[Encoder],
         spec: ImageSpec,
         *,
         global_batch_size: int,
@@ -85,6 +93,7 @@ class TrainLoader:
         start_step: int = 0,
         total_steps: int | None = None,
         limits: ImageLimits | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         if (tokens_per_micro_batch is None) == (micro_batch_size is None):
             raise ValueError("give one of tokens_per_micro_batch and micro_batch_size")
@@ -97,7 +106,9 @@ class TrainLoader:
         self.workers = workers
         self.start_step = start_step
         self.total_steps = self.steps_per_epoch if total_steps is None else total_steps
-        self._work = _Work(corpus, encoder, spec, limits or ImageLimits(), max(1, workers))
+        self.quarantine = quarantine
+        encoders = (encoder,) if isinstance(encoder, Encoder) else tuple(encoder)
+        self._work = _Work(corpus, encoders, spec, limits or ImageLimits(), max(1, workers), quarantine)
         self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
         self._refuse_what_cannot_work()
 
@@ -128,13 +139,20 @@ class TrainLoader:
             started = time.perf_counter()
             made = [next(batches) for _ in plan.micro_batches]
             wait_seconds = time.perf_counter() - started
-            names: dict[int, str] = {}
-            for members, batch in zip(plan.micro_batches, made, strict=True):
-                names.update(zip(members, batch.ids, strict=True))
+            names = {i: name for one in made for i, name in one.ids.items()}
+            bad: list[BadRecord] = []
+            if self.quarantine is not None:
+                bad = self.quarantine.add(b for one in made for b in one.bad)
+            filled = [one.batch for one in made if one.batch is not None]
+            if not filled:
+                raise DataError(
+                    f"step {step + 1}: none of its {len(plan.samples)} samples can be read, among them "
+                    f"{self.corpus.samples[plan.samples[0]].sample.where}; `lapilli data check` lists what is wrong"
+                )
             ids = tuple(names[i] for i in plan.samples)
-            yield Step(step, plan.epoch, plan.samples, ids, made, wait_seconds)
+            yield Step(step, plan.epoch, plan.samples, ids, filled, wait_seconds, tuple(bad))
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[_Made]:
         """Every micro-batch of every remaining step, in order, made by the workers."""
         loader: DataLoader[Any] = DataLoader(
             self._work,
@@ -214,39 +232,69 @@ class _Failure:
     message: str
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What became of one micro-batch: None for its Batch if no Sample was left; ids of all Samples, by number."""
+
+    batch: Batch | None
+    ids: dict[int, str]
+    bad: tuple[BadRecord, ...] = ()
+
+
 class _Work(Dataset[Any]):
     """What a worker does: numbers of Samples in, one Batch out."""
 
-    def __init__(self, corpus: Corpus, encoder: Encoder, spec: ImageSpec, limits: ImageLimits, workers: int) -> None:
-        self.corpus, self.encoder, self.spec, self.limits = corpus, encoder, spec, limits
+    def __init__(
+        self,
+        corpus: Corpus,
+        encoders: Sequence[Encoder],
+        spec: ImageSpec,
+        limits: ImageLimits,
+        workers: int,
+        quarantine: Quarantine | None,
+    ) -> None:
+        self.corpus, self.encoders, self.spec, self.limits, self.quarantine = corpus, encoders, spec, limits, quarantine
         # The Sample that each worker has in hand, -1 for none: all that is left of one that is killed.
         self._in_hand = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
 
-    def __getitem__(self, samples: Sequence[int]) -> Batch | _Failure:
+    def __getitem__(self, samples: Sequence[int]) -> _Made | _Failure:
         info = get_worker_info()
         worker = 0 if info is None else info.id
         examples: list[Example] = []
         tiles: list[torch.Tensor] = []
-        try:
-            for i in samples:
-                self._in_hand[worker] = i
+        ids: dict[int, str] = {}
+        bad: list[BadRecord] = []
+        for i in samples:
+            self._in_hand[worker] = i
+            known = None if self.quarantine is None else self.quarantine.found.get(i)
+            if known is not None:
+                ids[i] = self.corpus.samples[i].sample.id
+                continue
+            try:
                 example, pictures = self._read(i)
-                examples.append(example)
-                tiles += pictures
-        except DataError as error:
-            return _Failure(str(error))
+            except DataError as error:
+                if self.quarantine is None:
+                    return _Failure(str(error))
+                ids[i] = self.corpus.samples[i].sample.id
+                bad.append(BadRecord(i, str(error)))
+                continue
+            ids[i] = example.id
+            examples.append(example)
+            tiles += pictures
         self._in_hand[worker] = -1
-        return pack(examples, tiles)
+        return _Made(pack(examples, tiles) if examples else None, ids, tuple(bad))
 
     def _read(self, i: int) -> tuple[Example, list[torch.Tensor]]:
         placed, index = self.corpus.samples[i], self.corpus.index
-        example = self.encoder.encode(placed.sample, index.image_sizes(i))
+        encoder = self.encoders[placed.source if len(self.encoders) > 1 else 0]
+        example = encoder.encode(placed.sample, index.image_sizes(i))
         if example is None or example.length != index.lengths[i]:
             raise DataError(f"{placed.sample.where}: the record gives other tokens than when it was indexed")
         return example, [self._tiles(slot, placed.root, example.where) for slot in example.images]
 
     def _tiles(self, slot: ImageSlot, root: str | None, where: str) -> torch.Tensor:
-        assert self.encoder.layout is not None
+        layout = self.encoders[0].layout
+        assert layout is not None
         picture = open_image(slot.image, root, self.limits, where)
         if picture.size != (slot.width, slot.height):
             raise DataError(
@@ -254,7 +302,7 @@ class _Work(Dataset[Any]):
                 f"{slot.width} x {slot.height} when the data were indexed; delete the index to make it again"
             )
         try:
-            return to_tiles(picture, self.spec, self.encoder.layout)
+            return to_tiles(picture, self.spec, layout)
         except DataError as error:
             raise DataError(f'{where}: image "{slot.image.path}": {error}') from error
 

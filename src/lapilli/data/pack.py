@@ -6,7 +6,7 @@ depend on the token budget, only memory does.
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +19,10 @@ VISION = "vision"
 
 _PATIENCE = 32
 """Full bins looked at before another number of bins is tried; bounds the time per sample."""
+_CHEAPEST = 4
+"""Bins that the costliest one tries to exchange Examples with."""
+_EVEN = 0.002
+"""Part of the costliest bin's cost by which the others may stay behind it."""
 
 
 class ExampleTooLong(DataError):
@@ -32,13 +36,15 @@ class ExampleTooLong(DataError):
         )
 
 
-def plan_step(lengths: Sequence[int], budget_tokens: int, costs: Sequence[float] | None = None) -> list[list[int]]:
+def plan_step(
+    lengths: Sequence[int], budget_tokens: int, costs: Sequence[float] | None = None, *, multiple: int = 1
+) -> list[list[int]]:
     """Bin the Examples of one step, given by length in tokens, into micro-batches of at most `budget_tokens`.
 
     Returns positions: each of 0 to len(lengths)-1 exactly once, rising within a bin, bins in order of their first.
-    The number of bins is the smallest for which dealing the longest first to the cheapest bin that has room succeeds,
-    and never more than best-fit-decreasing needs; `costs` (default: the lengths) is what is balanced.
-    Raises ExampleTooLong.
+    The number of bins is the smallest `multiple` for which dealing the longest first to the cheapest bin that has room
+    succeeds, and never more than best-fit-decreasing needs, rounded up; `costs` (default: the lengths) is what is
+    balanced. Only with fewer Examples than bins are some bins empty; they come last. Raises ExampleTooLong.
     """
     if not len(lengths):
         return []
@@ -49,17 +55,26 @@ def plan_step(lengths: Sequence[int], budget_tokens: int, costs: Sequence[float]
     weights = sizes if costs is None else [float(cost) for cost in costs]
     longest_first = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
     fitted = _best_fit(longest_first, sizes, budget_tokens)
-    fewest = max(1, -(-sum(sizes) // budget_tokens))
-    bins = next(
-        (
-            dealt
-            for count in range(fewest, len(fitted) + 1)
-            if (dealt := _deal(longest_first, sizes, weights, budget_tokens, count)) is not None
-        ),
-        fitted,
-    )
+    fewest = _round_up(max(1, -(-sum(sizes) // budget_tokens)), multiple)
+    most = _round_up(len(fitted), multiple)
+    dealt = (_deal(longest_first, sizes, weights, budget_tokens, count) for count in range(fewest, most + 1, multiple))
+    bins = next((bins for bins in dealt if bins is not None), None)
+    bins = _fill_up(fitted, most) if bins is None else _fill_up([b for b in bins if b], len(bins))
     _even_out(bins, sizes, weights, budget_tokens)
-    return sorted((sorted(b) for b in bins), key=lambda b: b[0])
+    return sorted((sorted(b) for b in bins), key=lambda b: b[0] if b else len(sizes))
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _fill_up(bins: list[list[int]], count: int) -> list[list[int]]:
+    """Bring bins to `count` by taking one Example at a time from the fullest for each new one, while any has two."""
+    bins = [list(b) for b in bins]
+    while len(bins) < count:
+        fullest = max(bins, key=len)
+        bins.append([fullest.pop()] if len(fullest) > 1 else [])
+    return bins
 
 
 def _best_fit(order: Sequence[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
@@ -99,48 +114,74 @@ def _deal(
         heapq.heapreplace(heap, (cost + weights[item], target))
         for entry in full:
             heapq.heappush(heap, entry)
-    return [b for b in bins if b]
+    return bins
 
 
 def _even_out(bins: list[list[int]], sizes: Sequence[int], weights: Sequence[float], budget: int) -> None:
-    """Swap Examples between the costliest and the cheapest bin, in place, while that narrows the gap.
+    """Move and swap Examples between the costliest and the cheapest bins, in place, while that narrows the gap.
 
     Dealing leaves bins about one small Example apart; swapping pairs brings them within a fraction of that.
     """
     costs = [sum(weights[i] for i in b) for b in bins]
-    room = [budget - sum(sizes[i] for i in b) for b in bins]
+    rooms = [budget - sum(sizes[i] for i in b) for b in bins]
     for _ in range(2 * len(bins)):
-        high, low = costs.index(max(costs)), costs.index(min(costs))
-        gap = costs[high] - costs[low]
-        swap = _best_swap(bins[high], sorted(bins[low], key=weights.__getitem__), weights, gap)
-        if swap is None:
+        high = costs.index(max(costs))
+        if costs[high] - min(costs) <= _EVEN * costs[high]:
             return
-        given, taken = swap
-        tokens = sizes[given] - sizes[taken]
-        if not -room[high] <= tokens <= room[low]:
+        for low in (costs.index(min(costs)), *_cheapest(costs)):
+            found = _best_change(bins, rooms, costs[high] - costs[low], high, low, sizes, weights)
+            if found is not None:
+                break
+        else:
             return
+        given, taken = found
+        cost, tokens = weights[given], sizes[given]
         bins[high].remove(given)
-        bins[low].remove(taken)
-        bins[high].append(taken)
         bins[low].append(given)
-        costs[high] -= weights[given] - weights[taken]
-        costs[low] += weights[given] - weights[taken]
-        room[high] += tokens
-        room[low] -= tokens
+        if taken is not None:
+            cost, tokens = cost - weights[taken], tokens - sizes[taken]
+            bins[low].remove(taken)
+            bins[high].append(taken)
+        costs[high] -= cost
+        costs[low] += cost
+        rooms[high] += tokens
+        rooms[low] -= tokens
 
 
-def _best_swap(high: Sequence[int], low: Sequence[int], weights: Sequence[float], gap: float) -> tuple[int, int] | None:
-    """The pair (from `high`, from `low`, which is sorted by weight) whose exchange moves closest to half of `gap`."""
-    lighter = [weights[i] for i in low]
-    best: tuple[float, int, int] | None = None
-    for given in high:
+def _cheapest(costs: Sequence[float]) -> Iterator[int]:
+    """The cheapest bins but the first, looked for only where that one has nothing to exchange."""
+    yield from heapq.nsmallest(_CHEAPEST, range(len(costs)), key=costs.__getitem__)[1:]
+
+
+def _best_change(
+    bins: Sequence[Sequence[int]],
+    rooms: Sequence[int],
+    gap: float,
+    high: int,
+    low: int,
+    sizes: Sequence[int],
+    weights: Sequence[float],
+) -> tuple[int, int | None] | None:
+    """What bin `high` gives `low`, and takes back (None: nothing), to move closest to half of `gap`; None if nothing.
+
+    Both bins keep their budget, and `high` keeps an Example.
+    """
+    others = sorted(bins[low], key=weights.__getitem__)
+    lighter = [weights[i] for i in others]
+    best: tuple[float, int, int | None] | None = None
+    for given in bins[high]:
         place = bisect_left(lighter, weights[given] - gap / 2)
-        for taken in low[max(0, place - 1) : place + 1]:
-            moved = weights[given] - weights[taken]
+        partners: list[int | None] = [*others[max(0, place - 1) : place + 1]]
+        if place == 0 and len(bins[high]) > 1:
+            partners.append(None)
+        for taken in partners:
+            moved = weights[given] - (0 if taken is None else weights[taken])
+            tokens = sizes[given] - (0 if taken is None else sizes[taken])
             miss = abs(moved - gap / 2)
-            if 0 < moved < gap and (best is None or miss < best[0]):
+            fits = -rooms[high] <= tokens <= rooms[low]
+            if fits and 0 < moved < gap and (best is None or miss < best[0]):
                 best = (miss, given, taken)
-    return None if best is None else (best[1], best[2])
+    return None if best is None else best[1:]
 
 
 def consecutive(n: int, micro_batch_size: int) -> list[list[int]]:
@@ -176,4 +217,13 @@ def pack(examples: Sequence[Example], tiles: Sequence[torch.Tensor] = ()) -> Bat
         cu_seqlens=torch.from_numpy(starts),
         images=images,
         ids=tuple(example.id for example in examples),
+        weights=_weights(examples, labels),
     )
+
+
+def _weights(examples: Sequence[Example], labels: np.ndarray) -> torch.Tensor | None:
+    """Weights (T,) of the labels; None if every one counts 1."""
+    if all(example.weights is None for example in examples):
+        return None
+    parts = [np.ones(e.length, dtype=np.float32) if e.weights is None else e.weights for e in examples]
+    return torch.from_numpy(np.where(labels == IGNORE, 0.0, np.concatenate(parts)).astype(np.float32))

@@ -129,7 +129,8 @@ class Batch:
     """Several Examples laid end to end: one micro-batch.
 
     `input_ids`, `labels`, `position_ids` are (T,) int64, positions restarting with each Example; `cu_seqlens` (N+1,)
-    int32 holds where Examples begin and end; `ids` names the N Examples; `images` maps encoder name to Pixels.
+    int32 holds where Examples begin and end; `ids` names the N Examples; `images` maps encoder name to Pixels;
+    `weights` (T,) float32 says how much each label counts; None: all count 1.
     """
 
     input_ids: torch.Tensor
@@ -138,6 +139,7 @@ class Batch:
     cu_seqlens: torch.Tensor
     images: dict[str, Pixels] = field(default_factory=dict)
     ids: tuple[str, ...] = ()
+    weights: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -147,6 +149,11 @@ class Batch:
     def supervised(self) -> int:
         """Positions that give a loss (first position of each Example excluded; its label is always -100)."""
         return int((self.labels != IGNORE).sum())
+
+    @property
+    def weight(self) -> float:
+        """What the summed loss is divided by: the supervised positions, each as much as it counts."""
+        return float(self.supervised) if self.weights is None else float(self.weights.double().sum())
 
     def to(self, device: torch.device | str) -> Batch:
         """Return this Batch with every tensor on `device`."""
@@ -158,4 +165,5 @@ class Batch:
             move(self.cu_seqlens),
             {k: Pixels(move(p.tiles), move(p.tiles_per_image), move(p.sizes)) for k, p in self.images.items()},
             self.ids,
+            None if self.weights is None else move(self.weights),
         )

@@ -8,10 +8,10 @@ size when it is decoded.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import os
 import re
-import zipfile
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,15 +20,17 @@ from typing import Any
 
 import numpy as np
 
-from lapilli.base.atomic import atomic_write
+from lapilli.base.atomic import write_json
 from lapilli.base.errors import DataError
 from lapilli.data.encode import Encoder
 from lapilli.data.image import ImageLimits, ImageSpec
+from lapilli.data.read.record import Reader
 from lapilli.recipe.schema import Source
 
-VERSION = 2
+VERSION = 3
 """Raised when the same data would be indexed differently, so that old indexes are made again."""
 
+_ABOUT = "about.json"
 _ARRAYS = ("kept", "lengths", "supervised", "pictures", "words", "sizes")
 
 
@@ -98,42 +100,54 @@ class DataIndex:
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write the index under its stamp (NumPy arrays and JSON, no pickles)."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        """Write the index into `folder` (NumPy arrays and JSON, no pickles)."""
+        for name in _ARRAYS:
+            np.save(Path(folder) / f"{name}.npy", getattr(self, name))
         about = {"stamp": self.stamp, "records": self.records, "notes": [asdict(note) for note in self.notes]}
-        stream = io.BytesIO()
-        about_bytes = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
-        np.savez(stream, about=about_bytes, **{name: getattr(self, name) for name in _ARRAYS})
-        atomic_write(_path(folder, self.stamp), stream.getvalue())
+        (Path(folder) / _ABOUT).write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: str | Path, stamp: str) -> DataIndex | None:
-        """Return the index kept under this stamp, None if there is none. Raises DataError if it is damaged."""
-        path = _path(folder, stamp)
-        if not path.is_file():
-            return None
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                about = json.loads(file["about"].tobytes())
-                arrays = {name: file[name] for name in _ARRAYS}
-            notes = tuple(Note(**note) for note in about["notes"])
-            found = cls(about["stamp"], about["records"], notes=notes, **arrays)
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path}: the data index is damaged ({error}); delete it and it is made again") from error
-        return found if found.stamp == stamp else None
+    def open(cls, folder: str | Path) -> DataIndex:
+        """Map the index that `save` left in `folder`. Raises OSError, ValueError, KeyError or TypeError if damaged."""
+        about = json.loads((Path(folder) / _ABOUT).read_text(encoding="utf-8"))
+        arrays = {n: np.load(Path(folder) / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in _ARRAYS}
+        found = cls(about["stamp"], about["records"], notes=tuple(Note(**note) for note in about["notes"]), **arrays)
+        if len({len(arrays[name]) for name in _ARRAYS[:-1]}) != 1 or len(found.sizes) != found.pictures.sum():
+            raise ValueError("its arrays are of different lengths")
+        return found
+
+
+def index_folder(cache: str | Path, stamp: str) -> Path:
+    """Where in the folder `cache` the index of this stamp is kept."""
+    return Path(cache) / f"index-{stamp[:24]}"
 
 
 def make_stamp(
-    sources: Sequence[Source], encoder: Encoder, spec: ImageSpec, placement: str, limits: ImageLimits
+    sources: Sequence[Source],
+    readers: Sequence[Reader],
+    encoders: Sequence[Encoder],
+    spec: ImageSpec,
+    placement: str,
+    limits: ImageLimits,
+    max_bad_ratio: float = 0.0,
+    cache: str | Path | None = None,
 ) -> str:
-    """Hash what decides the index. Raises DataError if a data file can't be read."""
+    """Hash what decides the index. Raises DataError if a data file can't be read.
+
+    `cache` is a folder that remembers the files' hashes, so that a gigabyte is not read again at every start.
+    """
+    hashes = FileHashes(cache)
+    encoder = encoders[0]
     layout = encoder.layout
     tokenizer: Any = encoder.tokenizer.backend_tokenizer
     facts = {
         "version": VERSION,
-        "sources": [[_hash_file(source.path), source.images] for source in sources],
+        "sources": [
+            [[hashes.of(file) for file in reader.files], reader.format, reader.images, source.subset]
+            for source, reader in zip(sources, readers, strict=True)
+        ],
         "tokenizer": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
-        "template": encoder.template.model_dump(mode="json"),
+        "templates": [encoder.template.model_dump(mode="json") for encoder in encoders],
         "layout": None if layout is None else layout.model_dump(mode="json"),
         "image_token_id": encoder.image_token_id,
         "prefix": encoder.prefix,
@@ -141,8 +155,10 @@ def make_stamp(
         "too_long": encoder.too_long,
         "spec": spec.model_dump(mode="json", include={"mode", "shortest_edge", "size", "crop"}),
         "placement": placement,
+        "max_bad_ratio": max_bad_ratio,
         "limits": [limits.max_pixels, limits.max_bytes],
     }
+    hashes.save()
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -152,13 +168,44 @@ def kind_of(message: str) -> str:
     return re.sub(r'"[^"]*"|\'[^\']*\'|/\S+|\d[\d,]*', "…", message)
 
 
-def _hash_file(path: str) -> str:
-    try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: can't read it ({error.strerror})") from error
+class FileHashes:
+    """Content hashes of files, remembered in a folder by size, inode and time of the last change.
 
+    A file that was changed less than `SETTLED_SECONDS` before it was hashed is not remembered: a second change within
+    the file system's clock tick would not be seen.
+    """
 
-def _path(folder: str | Path, stamp: str) -> Path:
-    return Path(folder) / f"index-{stamp[:24]}.npz"
+    SETTLED_SECONDS = 2.0
+
+    def __init__(self, cache: str | Path | None) -> None:
+        self._file = None if cache is None else Path(cache) / "hashes.json"
+        self._known: dict[str, list[Any]] = {}
+        self._new = False
+        if self._file is not None and self._file.is_file():
+            try:
+                self._known = dict(json.loads(self._file.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                raise DataError(f"{self._file}: damaged ({error}); delete it and it is made again") from error
+
+    def of(self, path: str) -> str:
+        """SHA-256 of a file's content in hexadecimal. Raises DataError if it can't be read."""
+        try:
+            facts = os.stat(path)
+            state = [facts.st_size, facts.st_ino, facts.st_mtime_ns]
+            name = os.path.realpath(path)
+            known = self._known.get(name)
+            if known is not None and known[:-1] == state:
+                return str(known[-1])
+            with open(path, "rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{path}: can't read it ({error.strerror})") from error
+        if time.time() - facts.st_mtime > self.SETTLED_SECONDS:
+            self._known[name], self._new = [*state, found], True
+        return found
+
+    def save(self) -> None:
+        """Write what is new into the folder."""
+        if self._file is not None and self._new:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._file, self._known)

@@ -19,23 +19,23 @@ LOGITS_AT_ONCE = 2**25
 
 
 class LossModule(nn.Module):
-    """Sum of the cross entropies of a Batch's supervised tokens."""
+    """Sum of the cross entropies of a Batch's supervised tokens, each multiplied by its weight."""
 
     def __init__(self, model: VisionLanguageModel, image: ImageSpec) -> None:
         super().__init__()
         self.model = model
         self.image = image
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, int]:
-        """Return (sum of fp32 losses, number of supervised tokens) of a Batch that is on the model's device.
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Return the sum () of fp32 losses of a Batch that is on the model's device.
 
         A Batch without supervised tokens gives a zero without gradient.
         """
         # labels[t] is token t itself; it is predicted from the state of position t - 1 of the same Example.
         targets_at = (batch.labels != IGNORE).nonzero().flatten()
-        count = len(targets_at)
-        if count == 0:
-            return batch.labels.new_zeros((), dtype=torch.float32), 0
+        if len(targets_at) == 0:
+            return batch.labels.new_zeros((), dtype=torch.float32)
+        weights = None if batch.weights is None else batch.weights[targets_at]
         model, keep, targets = self.model, targets_at - 1, batch.labels[targets_at]
         embeds = model.embed(batch.input_ids, self._features(batch))
         kind = embeds.device.type
@@ -45,9 +45,9 @@ class LossModule(nn.Module):
             embeds = embeds.to(torch.get_autocast_dtype(kind))
         if model.config.head != "direct":
             logits = model.packed_logits(embeds, batch.position_ids, batch.cu_seqlens, keep)
-            return self._cross_entropy(logits, targets), count
+            return self._cross_entropy(logits, targets, weights)
         states = model.hidden_states(embeds, batch.position_ids, batch.cu_seqlens)
-        return self._loss_of_states(states.index_select(0, keep), targets), count
+        return self._loss_of_states(states.index_select(0, keep), targets, weights)
 
     def _features(self, batch: Batch) -> torch.Tensor | None:
         if not batch.images:
@@ -56,19 +56,27 @@ class LossModule(nn.Module):
         tiles = normalise(pixels.tiles, self.image)
         return self.model.encode_images(tiles, pixels.tiles_per_image, pixels.sizes)
 
-    def _loss_of_states(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Loss of states (S, D) against targets (S,), through the output layer in pieces."""
+    def _loss_of_states(
+        self, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Loss of states (S, D) against targets (S,) with weights (S,), through the output layer in pieces."""
         vocabulary = self.model.config.text_config.get_text_config().vocab_size
         rows = max(1, LOGITS_AT_ONCE // vocabulary)
         if len(states) <= rows:
-            return self._piece(states, targets)
+            return self._piece(states, targets, weights)
         total = states.new_zeros((), dtype=torch.float32)
-        for piece, wanted in zip(states.split(rows), targets.split(rows), strict=True):
-            total = total + checkpoint(self._piece, piece, wanted, use_reentrant=False)
+        pieces = [None] * -(-len(states) // rows) if weights is None else weights.split(rows)
+        for piece, wanted, worth in zip(states.split(rows), targets.split(rows), pieces, strict=True):
+            total = total + checkpoint(self._piece, piece, wanted, worth, use_reentrant=False)
         return total
 
-    def _piece(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self._cross_entropy(self.model.head(states), targets)
+    def _piece(self, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        return self._cross_entropy(self.model.head(states), targets, weights)
 
-    def _cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(self.model.without_image_token(logits.float()), targets, reduction="sum")
+    def _cross_entropy(
+        self, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        logits = self.model.without_image_token(logits.float())
+        if weights is None:
+            return F.cross_entropy(logits, targets, reduction="sum")
+        return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from lapilli.assemble.folder import FolderSpec, read_spec
 from lapilli.assemble.load import load, model_folder
 from lapilli.base.errors import DataError, RecipeError, RunError
-from lapilli.base.layout import ImageLayout
+from lapilli.base.layout import ImageLayout, ImageMode
 from lapilli.data.check import Corpus, index
 from lapilli.data.encode import Encoder
-from lapilli.data.image import ImageLimits
-from lapilli.data.template import get_template
+from lapilli.data.image import ImageLimits, ImageSpec
+from lapilli.data.template import Template, get_template
 from lapilli.data.tokenizer import load_tokenizer
 from lapilli.recipe.schema import Source, Stage
 
@@ -37,10 +37,15 @@ class Reading:
     def layout(self) -> ImageLayout:
         return ImageLayout.model_validate(self.spec.joined["layout"])
 
-    def encoder(self, stage: Stage) -> Encoder:
+    def encoders(self, stage: Stage, sources: Sequence[Source]) -> list[Encoder]:
+        """One Encoder for each source, with its own template where it names one. Raises RecipeError."""
+        return [self.encoder(stage, source.template) for source in sources]
+
+    def encoder(self, stage: Stage, template: str | None = None) -> Encoder:
+        """An Encoder as the stage reads its data; `template` names another template than the stage's."""
         return Encoder(
             self.tokenizer,
-            self.spec.template,
+            self.spec.template if template is None else _named(template, self.tokenizer, "template of a data source"),
             self.layout,
             self.spec.image_token,
             max_length=stage.data.max_length,
@@ -76,19 +81,28 @@ def reading(stage: Stage, spec: FolderSpec, tokenizer: PreTrainedTokenizerBase) 
     mode = stage.data.image_mode or layout.mode
     spec = spec.model_copy(
         update={
-            "image": spec.image.model_copy(update={"mode": mode}),
+            "image": _image_spec(spec.image, mode, stage.data.image_backend),
             "joined": {**spec.joined, "layout": layout.model_copy(update={"mode": mode}).model_dump(mode="json")},
         }
     )
     exported = spec
     if stage.data.template is not None:
-        try:
-            template = get_template(stage.data.template).bind(tokenizer)
-        except RecipeError as error:
-            raise RecipeError(f"data.template: {error}") from error
+        template = _named(stage.data.template, tokenizer, "data.template")
         spec = spec.model_copy(update={"template": template})
         exported = exported if template.user_text == "drop" else spec
     return Reading(spec, exported, tokenizer)
+
+
+def _image_spec(image: ImageSpec, mode: ImageMode, backend: str | None) -> ImageSpec:
+    """The folder's image settings with the stage's mode and backend. Raises ModelError if they exclude each other."""
+    return ImageSpec.model_validate({**image.model_dump(), "mode": mode, "backend": backend or image.backend})
+
+
+def _named(name: str, tokenizer: PreTrainedTokenizerBase, where: str) -> Template:
+    try:
+        return get_template(name).bind(tokenizer)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
 
 
 def check_files(stages: Sequence[Stage]) -> None:
@@ -115,12 +129,13 @@ def read_corpus(
     """Index and check the sources as the stage reads them. Raises BadData with every problem of every record."""
     return index(
         sources,
-        how.encoder(stage),
+        how.encoders(stage, sources),
         how.spec.image,
         placement=stage.data.placement,
         limits=limits(stage),
         cache=cache,
         workers=stage.data.workers,
+        max_bad_ratio=stage.data.max_bad_ratio if stage.data.bad_records == "quarantine" else 0.0,
         stream=stream,
     )
 

@@ -22,6 +22,7 @@ from lapilli.base.errors import DataError, LapilliError, RunError
 from lapilli.base.progress import Progress
 from lapilli.base.version import VERSION
 from lapilli.data.loader import Step
+from lapilli.data.quarantine import BadRecord
 from lapilli.data.stamp import kind_of
 from lapilli.recipe.resolved import resolved_yaml
 from lapilli.recipe.schema import Stage
@@ -111,6 +112,8 @@ def _start(ready: Prepared, origins: Mapping[str, str], facts: dict[str, Any], s
         refuse_differences(state.facts, facts, str(folder.resume_from))
         load_tensors(folder.resume_from, ready.engine, ready.optimizer, ready.device)
         done = state.step
+        if ready.loader.quarantine is not None:
+            ready.loader.quarantine.add(state.bad)
         say(f"going on after step {done} ({folder.resume_from})")
     atomic.remove_leftovers(folder.path)
     atomic.remove_leftovers(folder.checkpoints)
@@ -138,10 +141,18 @@ def _list_left_out(ready: Prepared) -> None:
     """Name every record that a policy dropped or shortened. What a template leaves out of all of them is not listed."""
     index = ready.corpus.index
     everywhere = {kind for kind, count in index.note_counts().items() if count == index.records}
-    notes = [note for note in index.notes if kind_of(note.reason) not in everywhere]
+    notes = [(note.where, note.reason) for note in index.notes if kind_of(note.reason) not in everywhere]
+    if ready.loader.quarantine is not None:
+        notes += [_noted(ready, one) for one in ready.loader.quarantine.found.values()]
     if notes:
-        lines = [json.dumps({"record": note.where, "what": note.reason}, ensure_ascii=False) for note in notes]
+        lines = [json.dumps({"record": where, "what": what}, ensure_ascii=False) for where, what in notes]
         atomic.atomic_write(ready.folder.path / LEFT_OUT, "\n".join(lines) + "\n")
+
+
+def _noted(ready: Prepared, bad: BadRecord) -> tuple[str, str]:
+    """Record and reason of a bad record, as the list of what was left out has them."""
+    where = ready.corpus.samples[bad.sample].sample.where
+    return where, f"left out as bad: {bad.reason.removeprefix(f'{where}: ')}"
 
 
 class _Loop:
@@ -160,6 +171,10 @@ class _Loop:
             progress.update(self.done)
             began = time.perf_counter()
             for step in self._steps(wish):
+                if step.bad:
+                    for one in step.bad:
+                        progress.write(f"left out: {one.reason}")
+                    _list_left_out(ready)
                 row = self._step(step, began)
                 self.done = row["step"]
                 last = self.done == ready.total_steps
@@ -202,7 +217,7 @@ class _Loop:
             step.epoch,
             result,
             learning_rate=train.learning_rate * scale,
-            samples=len(step.samples),
+            samples=sum(len(batch.ids) for batch in step.batches),
             seconds=time.perf_counter() - began,
             wait_seconds=step.wait_seconds,
             padding=padding_share(step.batches, ready.loaded.model.config.packing),
@@ -216,7 +231,8 @@ class _Loop:
         ready = self.ready
         self.metrics.make_durable()
         folder = checkpoint_folder(ready.folder.checkpoints, self.done)
-        save_state(folder, State(self.done, self.facts), ready.engine, ready.optimizer, ready.device)
+        bad = () if ready.loader.quarantine is None else tuple(ready.loader.quarantine.found.values())
+        save_state(folder, State(self.done, self.facts, bad), ready.engine, ready.optimizer, ready.device)
         prune(ready.folder.checkpoints, ready.stage.train.keep_checkpoints)
         self.saved = self.done
 

@@ -17,10 +17,11 @@ from lapilli.assemble.load import Loaded, load
 from lapilli.base.errors import RunError
 from lapilli.data.check import Corpus
 from lapilli.data.loader import TrainLoader
+from lapilli.data.quarantine import Quarantine
 from lapilli.model.adapter import add_lora
 from lapilli.model.freeze import PartCount, apply_freeze, table
 from lapilli.model.vlm import VisionLanguageModel
-from lapilli.recipe.schema import Stage
+from lapilli.recipe.schema import Source, Stage
 from lapilli.train.device.choose import Device, choose_device
 from lapilli.train.folder import RunFolder, open_folder
 from lapilli.train.loss import LossModule
@@ -72,7 +73,7 @@ def prepare(stage: Stage, resume: str, say: Say, stream: TextIO | None = None, *
         validation = read_corpus(stage.data.validation, stage, how, cache, stream)
         say(describe_corpus("validation data", validation))
     # 5. What each step is made of.
-    loader = training_loader(stage, how, corpus)
+    loader = training_loader(stage, how, corpus, stage.data.train)
     loader.total_steps = total_steps = count_steps(stage, loader.steps_per_epoch)
     # 6. The weights; which of them train, at which precision, where.
     loaded = load(str(stage.model), device="cpu", dtype=torch.float32)
@@ -87,13 +88,20 @@ def prepare(stage: Stage, resume: str, say: Say, stream: TextIO | None = None, *
     )
 
 
-def training_loader(stage: Stage, how: Reading, corpus: Corpus, *, order: str | None = None) -> TrainLoader:
-    """Return the loader of a corpus; with `order` sequential, that of held-out data."""
-    train = stage.train
+def training_loader(
+    stage: Stage, how: Reading, corpus: Corpus, sources: Sequence[Source], *, order: str | None = None
+) -> TrainLoader:
+    """Return the loader of a corpus read from `sources`; with `order` sequential, that of held-out data.
+
+    A validation loss is over the same records every time, so a record that goes bad there is always an error.
+    """
+    train, data = stage.train, stage.data
+    leave_out = data.bad_records == "quarantine" and order is None
+    quarantine = Quarantine(len(corpus), data.max_bad_ratio) if leave_out else None
     by_samples = train.loss_reduction == "microbatch_mean" and order is None
     return TrainLoader(
         corpus,
-        how.encoder(stage),
+        how.encoders(stage, sources),
         how.spec.image,
         global_batch_size=train.global_batch_size,
         tokens_per_micro_batch=None if by_samples else max(train.tokens_per_micro_batch, _longest(corpus, order)),
@@ -102,6 +110,7 @@ def training_loader(stage: Stage, how: Reading, corpus: Corpus, *, order: str | 
         seed=stage.run.seed,
         workers=stage.data.workers,
         limits=limits(stage),
+        quarantine=quarantine,
     )
 
 

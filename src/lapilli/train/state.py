@@ -8,7 +8,7 @@ aside, made durable and renamed; without its completion marker it is never loade
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from lapilli.base import atomic
 from lapilli.base.errors import RunError
+from lapilli.data.quarantine import BadRecord
 from lapilli.train.device.choose import Device
 from lapilli.train.parallel.single import Single
 from lapilli.train.tensors import read_tensors, write_tensors
@@ -26,10 +27,13 @@ _NAME = "step-"
 
 @dataclass(frozen=True)
 class State:
-    """What stands in `state.json`: the optimiser steps done, and the facts that a resumed run must share."""
+    """What stands in `state.json`: the optimiser steps done, the facts that a resumed run must share, and the records
+    found bad so far.
+    """
 
     step: int
     facts: dict[str, Any]
+    bad: tuple[BadRecord, ...] = ()
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
@@ -52,7 +56,7 @@ def save_state(folder: Path, state: State, engine: Single, optimizer: torch.opti
             write_tensors(draft, "weights", engine.trained())
             write_tensors(draft, "optimizer", _optimizer_tensors(engine, optimizer))
             write_tensors(draft, "random", {"cpu": torch.get_rng_state(), **device.random_state()}.items())
-            content = {"format": FORMAT, "step": state.step, "facts": state.facts}
+            content = {"format": FORMAT, **asdict(state)}
             (draft / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise RunError(
@@ -68,7 +72,7 @@ def read_state(folder: Path) -> State:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise RunError(f"{folder}: written in format {content['format']}; this version reads format {FORMAT}")
-        return State(content["step"], content["facts"])
+        return State(content["step"], content["facts"], tuple(BadRecord(**one) for one in content.get("bad", ())))
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise RunError(f"{folder}: state.json can't be read: {error!r}") from error
 

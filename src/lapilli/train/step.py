@@ -27,8 +27,8 @@ class StepResult:
     supervised_tokens: int
 
 
-def loss_weights(supervised: Sequence[int], reduction: str) -> list[float]:
-    """Return what each micro-batch's summed loss is multiplied by, from their numbers of supervised tokens.
+def loss_weights(supervised: Sequence[float], reduction: str) -> list[float]:
+    """Return what each micro-batch's summed loss is multiplied by, from their (weighted) numbers of supervised tokens.
 
     A micro-batch without supervised tokens counts 0.
     """
@@ -47,9 +47,9 @@ def accumulate(
 ) -> list[float]:
     """Add the step's gradients to the parameters; return each micro-batch's part of the loss, which sum to the loss."""
     losses: list[torch.Tensor] = []
-    for batch, weight in zip(batches, loss_weights([b.supervised for b in batches], reduction), strict=True):
+    for batch, weight in zip(batches, loss_weights([b.weight for b in batches], reduction), strict=True):
         with autocast:
-            total, _ = engine.module(batch.to(device))
+            total = engine.module(batch.to(device))
         loss = total * weight
         if loss.requires_grad:
             engine.backward(loss)

@@ -10,13 +10,14 @@ def validation_loss(ready: Prepared) -> float:
     """Return the loss per supervised token over the whole of `ready.validation`; the model trains on as before."""
     assert ready.validation is not None
     model = ready.loaded.model
-    total, count = 0.0, 0
+    total, count = 0.0, 0.0
     model.eval()
-    for step in training_loader(ready.stage, ready.how, ready.validation, order="sequential"):
+    sources = ready.stage.data.validation
+    for step in training_loader(ready.stage, ready.how, ready.validation, sources, order="sequential"):
         for batch in step.batches:
             with ready.device.autocast(ready.stage.run.precision):
-                loss, supervised = ready.engine.module(batch.to(ready.device.device))
+                loss = ready.engine.module(batch.to(ready.device.device))
             total += float(loss)
-            count += supervised
+            count += batch.weight
     training_mode(model)
-    return total / max(1, count)
+    return total / count if count else 0.0
