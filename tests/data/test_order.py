@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lapilli.base.errors import DataError, RecipeError
-from lapilli.data.order import epoch_order, llava_length, llava_length_groups, llava_modality_groups
+from lapilli.data.order import (
+    ORDERS,
+    WINDOW_STEPS,
+    epoch_order,
+    llava_length,
+    llava_length_groups,
+    llava_modality_groups,
+)
 from lapilli.data.sample import Image, Message, Sample, Text
 
 RECORDED = [
@@ -35,15 +42,16 @@ def test_llava_sampler_is_repeated(row):
         assert order.tolist() == row["indices"]
 
 
-@given(st.integers(0, 300), st.integers(0, 2**63), st.integers(0, 9), st.booleans())
-def test_every_sample_comes_exactly_once(n, seed, epoch, grouped):
+@given(st.integers(0, 300), st.integers(0, 2**63), st.integers(0, 9), st.sampled_from(ORDERS))
+def test_every_sample_comes_exactly_once(n, seed, epoch, name):
     lengths = [(-1) ** (i % 3) * (1 + i % 17) for i in range(n)]
     order = epoch_order(
         n,
         seed,
         epoch,
-        "modality_groups_llava" if grouped else "shuffled",
+        name,
         lengths=lengths,
+        pictures=[i % 3 for i in range(n)],
         batch_size=3,
         batches_per_step=2,
     )
@@ -95,3 +103,51 @@ def test_llava_length_counts_words_and_signs_modality():
     assert llava_length(Sample("b", (answer, answer))) == -4
     with pytest.raises(DataError, match="no words"):
         llava_length(Sample("c", (Message("user", (Text(" "),)),)))
+
+
+def steps_of(order, size):
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def test_length_groups_put_similar_lengths_into_a_step():
+    lengths = np.random.default_rng(0).integers(1, 2000, 16 * WINDOW_STEPS * 2 + 5)
+    order = epoch_order(len(lengths), 42, 0, "length_groups", lengths=lengths, batch_size=4, batches_per_step=4)
+    *steps, rest = steps_of(lengths[order], 16)
+    assert len(rest) == 5
+    assert all((np.diff(step) <= 0).all() for step in steps), "the longest first"
+    assert np.mean([np.ptp(step) for step in steps]) < 2000 / WINDOW_STEPS * 2
+    # The steps themselves come in no order of length.
+    means = np.array([step.mean() for step in steps])
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3
+    again = epoch_order(len(lengths), 42, 1, "length_groups", lengths=lengths, batch_size=16)
+    assert not np.array_equal(order, again)
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 7), st.integers(0, 5))
+def test_modality_groups_mix_one_step_at_most(with_pictures, without, size, epoch):
+    pictures = np.array([2] * with_pictures + [0] * without, dtype=np.int64)
+    n = len(pictures)
+    order = epoch_order(n, 1, epoch, "modality_groups", lengths=np.arange(n), pictures=pictures, batch_size=size)
+    mixed = [len(set((pictures[step] > 0).tolist())) > 1 for step in steps_of(order, size)]
+    assert sum(mixed) <= 1
+    assert not any(mixed[:-2])
+
+
+def test_grouped_orders_are_fixed_for_ever():
+    # A resumed run relies on this across versions of numpy and of lapilli.
+    lengths, pictures = [5, 9, 1, 7, 3, 8, 2], [0, 1, 1, 0, 1, 1, 0]
+    made = [
+        epoch_order(7, 42, 1, name, lengths=lengths, pictures=pictures, batch_size=2).tolist()
+        for name in ("length_groups", "modality_groups")
+    ]
+    assert made == GROUPED
+
+
+GROUPED = [[1, 5, 4, 2, 3, 0, 6], [1, 5, 3, 0, 4, 2, 6]]
+
+
+def test_grouped_orders_need_what_they_group_by():
+    with pytest.raises(RecipeError, match="order length_groups needs the length of every sample"):
+        epoch_order(3, 1, 0, "length_groups")
+    with pytest.raises(RecipeError, match="needs the number of pictures of every sample"):
+        epoch_order(3, 1, 0, "modality_groups", lengths=[1, 2, 3])
