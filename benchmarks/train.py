@@ -4,8 +4,9 @@
 
 Both train the same 25M-parameter language model with the same frozen vision encoder on the same conversations
 (global batch 8, AdamW, fp32): lapilli through `lapilli train`, the original through its own `train.py`, with and
-without its gradient checkpointing. A step's time is what lies between two log lines; the first step of each run is left
-out. Without `--llava-repo` only lapilli runs. `--llava-python` is an interpreter with the packages the original needs.
+without its gradient checkpointing. A step's time is what lies between the original's log lines, and what lapilli
+records, waiting for data included; the first step of each run is left out. Without `--llava-repo` only lapilli runs.
+`--llava-python` is an interpreter with the packages the original needs.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def watch(command: list[str], env: dict[str, str], is_step: re.Pattern[str]) -> 
         for match in is_step.finditer(line):
             times.append(time.perf_counter())
             losses.append(float(match.group(1)))
-    if process.wait() != 0 or len(times) < 3:
+    if process.wait() != 0 or len(times) < 2:
         sys.exit(f"{' '.join(command)}\n{''.join(tail)}\nfailed: no timing")
     watcher.join()
     return Timing(BATCH * (len(times) - 1) / (times[-1] - times[0]), peak[0], losses)
@@ -78,17 +79,22 @@ def resident(pid: int) -> int:
     return total
 
 
-def run_lapilli(work: Path, number: int) -> Timing:
+def run_lapilli(work: Path, number: int, tokens: int) -> Timing:
     recipe = work / "recipe.yaml"
     recipe.write_text(
         "model: model\nout: run\ndata:\n  train: {path: data.json, images: images}\n  placement: front\n"
-        f"train: {{freeze: freeze_vision, global_batch_size: {BATCH}, learning_rate: 2.0e-5}}\n"
+        f"train: {{freeze: freeze_vision, global_batch_size: {BATCH}, learning_rate: 2.0e-5,\n"
+        f"        tokens_per_micro_batch: {tokens}}}\n"
         "run: {precision: fp32, device: cpu}\n"
     )
     out = work / f"run-{number}"
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "lapilli.cli", "train", str(recipe), f"out={out}"]
-    return watch(command, dict(os.environ), re.compile(r"step \d+/\d+  loss ([0-9.]+)"))
+    seen = watch(command, dict(os.environ), re.compile(r"step \d+/\d+  loss ([0-9.]+)"))
+    # Its status line comes every ten seconds at most, so the steps are timed by the run's own record of each.
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
+    speed = sum(row["samples"] for row in rows) / sum(row["seconds"] for row in rows)
+    return Timing(speed, seen.peak_bytes, seen.losses)
 
 
 def run_llava(work: Path, repo: Path, python: str, checkpointing: bool) -> Timing:
@@ -155,6 +161,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmark-run"))
     parser.add_argument("--rounds", type=int, default=1, help="runs of each; medians are reported")
     parser.add_argument("--conversations", type=int, default=96, help="a multiple of the batch of 8")
+    parser.add_argument("--tokens-per-micro-batch", type=int, default=4096, help="lapilli's; it decides memory")
     options = parser.parse_args()
     work = options.out.resolve()
     shutil.rmtree(work, ignore_errors=True)
@@ -168,7 +175,7 @@ def main() -> None:
     rate = gemm_rate()
     results: dict[str, list[Timing]] = {}
     for number in range(options.rounds):
-        results.setdefault("lapilli", []).append(run_lapilli(work, number))
+        results.setdefault("lapilli", []).append(run_lapilli(work, number, options.tokens_per_micro_batch))
         if options.llava_repo:
             for name, checkpointing in (("LLaVA, gradient checkpointing", True), ("LLaVA, none", False)):
                 timing = run_llava(work, options.llava_repo.resolve(), options.llava_python, checkpointing)
