@@ -1,6 +1,7 @@
 """A step depends on seed and number alone; every sample comes once per epoch; a bad record is named."""
 
 import io
+import json
 import os
 import signal
 from pathlib import Path
@@ -14,6 +15,7 @@ from lapilli.base.errors import DataError, RecipeError
 from lapilli.data.check import Corpus, index
 from lapilli.data.image import to_tiles
 from lapilli.data.loader import TrainLoader
+from lapilli.data.order import ORDERS
 from lapilli.data.pack import VISION, ExampleTooLong
 from lapilli.data.quarantine import BadRecord, Quarantine
 
@@ -46,6 +48,9 @@ def flat(step):
         {"mode": "anyres"},
         {"order": "modality_groups_llava", "global_batch_size": 6, "micro_batch_size": 2},
         {"micro_batch_size": 2},
+        {"order": "length_groups", "weights": [1.3]},
+        {"order": "modality_groups", "weights": [0.5]},
+        {"ranks": 2, "rank": 1, "image_cost_tokens": 9.0},
     ],
 )
 def test_a_step_is_the_same_from_any_start_with_any_workers(make_loader, options):
@@ -58,7 +63,7 @@ def test_a_step_is_the_same_from_any_start_with_any_workers(make_loader, options
         assert [flat(step) for step in loader] == whole[start:]
 
 
-@pytest.mark.parametrize("order", ["shuffled", "sequential", "modality_groups_llava"])
+@pytest.mark.parametrize("order", ORDERS)
 def test_every_epoch_has_every_sample_once(make_loader, order):
     loader = make_loader(order=order, total_steps=10)
     assert loader.steps_per_epoch == 5
@@ -200,3 +205,60 @@ def test_more_bad_pictures_than_allowed_stop_the_run(make_loader, world):
         seen.extend(step.step for step in loader)
     assert seen == [0, 1]
     assert "id r12" in str(told.value)
+
+
+def test_an_epoch_of_a_mixture(make_encoder, make_spec, world, tmp_path):
+    records = json.loads(Path(world.path).read_text())
+    (tmp_path / "more.json").write_text(json.dumps(records[:10]))
+    sources = [world, world.model_copy(update={"path": str(tmp_path / "more.json")})]
+    encoder, spec = make_encoder("pad"), make_spec("pad")
+    corpus = index(sources, encoder, spec, stream=io.StringIO())
+
+    def loader(**options):
+        options = {"global_batch_size": 5, "tokens_per_micro_batch": 700, "weights": [1.0, 2.5]} | options
+        return TrainLoader(corpus, encoder, spec, **options)
+
+    one = loader()
+    assert (one.samples_per_epoch, one.steps_per_epoch) == (23 + 25, 10)
+    epochs = []
+    for epoch in range(2):
+        plans = [one.plan(step) for step in range(10 * epoch, 10 * epoch + 10)]
+        assert [len(plan.samples) for plan in plans] == [5] * 9 + [3]
+        times = np.bincount([i for plan in plans for i in plan.samples], minlength=33)
+        assert (times[:23] == 1).all()
+        assert sorted(times[23:].tolist()) == [2] * 5 + [3] * 5
+        epochs.append(times.tolist())
+    assert epochs[0] != epochs[1], "another half of the second source"
+    steps = list(loader(total_steps=10))
+    assert sorted(i for step in steps for b in step.batches for i in b.ids) == sorted(i for s in steps for i in s.ids)
+    assert sum(len(step.ids) for step in steps) == 48
+    with pytest.raises(RecipeError, match=r"data.train.1.weight: 0.01 of its 10 samples is less than one"):
+        loader(weights=[1.0, 0.01])
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 2}, {"weights": [1.5], "order": "length_groups"}])
+def test_ranks_share_the_steps_of_one(make_loader, options):
+    """A run that goes on with other numbers of ranks and workers continues the same sequence of steps."""
+    alone = make_loader(total_steps=9, **options)
+    whole = {step.step: sorted(i for b in step.batches for i in b.ids) for step in alone}
+    for ranks, start, workers in ((2, 3, 0), (3, 5, 1), (7, 8, 0)):
+        shared = [
+            list(make_loader(total_steps=9, start_step=start, workers=workers, ranks=ranks, rank=rank, **options))
+            for rank in range(ranks)
+        ]
+        for k, step in enumerate(range(start, 9)):
+            mine = [made[k] for made in shared]
+            assert {(one.step, one.samples) for one in mine} == {(step, mine[0].samples)}
+            assert sorted(i for one in mine for b in one.batches for i in b.ids) == whole[step]
+            assert sorted(i for one in mine for i in one.ids) == whole[step]
+
+
+def test_grouped_orders_go_by_tokens(make_loader):
+    loader = make_loader(order="length_groups", global_batch_size=4)
+    lengths = loader.corpus.index.lengths
+    steps = [lengths[list(loader.plan(step).samples)] for step in range(5)]
+    assert np.mean([np.ptp(step) for step in steps]) < np.ptp(lengths) / 3
+    loader = make_loader(order="modality_groups", global_batch_size=4)
+    pictures = loader.corpus.index.pictures
+    kinds = [len(set((pictures[list(loader.plan(step).samples)] > 0).tolist())) for step in range(6)]
+    assert sum(kind == 2 for kind in kinds) <= 1

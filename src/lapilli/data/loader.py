@@ -25,9 +25,11 @@ from lapilli.base.errors import DataError, RecipeError
 from lapilli.data.check import Corpus
 from lapilli.data.encode import Encoder
 from lapilli.data.image import ImageLimits, ImageSpec, open_image, to_tiles
+from lapilli.data.mixture import epoch_samples, epoch_size
 from lapilli.data.order import epoch_order
-from lapilli.data.pack import ExampleTooLong, consecutive, pack, plan_step
+from lapilli.data.pack import ExampleTooLong, pack
 from lapilli.data.quarantine import BadRecord, Quarantine
+from lapilli.data.ranks import plan_consecutive, plan_ranks, sample_costs
 from lapilli.data.sample import Batch, Example, ImageSlot
 
 PREFETCH = 4
@@ -40,11 +42,16 @@ _DEATH = "DataLoader worker (pid"
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What a step is made of: `samples` in order, and the micro-batches as groups of them (numbers in the corpus)."""
+    """What a step is made of: `samples` in order, those of them that are this rank's `own`, and its micro-batches.
+
+    All are numbers in the corpus; a mixture may visit one more than once. All ranks have as many micro-batches: an
+    empty one keeps a rank in step that has nothing left to do.
+    """
 
     step: int
     epoch: int
     samples: tuple[int, ...]
+    own: tuple[int, ...]
     micro_batches: tuple[tuple[int, ...], ...]
 
 
@@ -52,8 +59,8 @@ class StepPlan:
 class Step:
     """One optimiser step's data. `wait_seconds` is how long the consumer waited for it.
 
-    `samples` and `ids` are those planned; Samples in quarantine are in none of the `batches`, and `bad` names the ones
-    found in this step.
+    `samples` are those of all ranks, `ids` name those planned for this one; Samples in quarantine are in none of the
+    `batches`, and `bad` names the ones found in this step.
     """
 
     step: int
@@ -69,9 +76,13 @@ class TrainLoader:
     """An iterable of the Steps `start_step` to `total_steps` - 1 of a run over a corpus.
 
     Step k is Samples [k * G, (k + 1) * G) of its epoch's order, G being `global_batch_size`; the last, shorter window
-    of an epoch is a step of its own. Micro-batches are packed by `tokens_per_micro_batch`, or are `micro_batch_size`
-    consecutive Samples. A Step is a pure function of (corpus, these settings, seed, k): not of `workers`,
-    `start_step`, or any random state. `workers` processes are forked (0: everything happens in this process).
+    of an epoch is a step of its own. An epoch visits each Sample as often as its source's entry in `weights` says
+    (default: once). Micro-batches are packed by `tokens_per_micro_batch`, or are `micro_batch_size` consecutive
+    Samples; `ranks` loaders, of which this is number `rank`, share each step by cost: tokens, and `image_cost_tokens`
+    for each picture. A Step is a pure function of (corpus, these settings, seed, k): not of `workers`, `start_step`,
+    or any random state; its Samples are the same for any number of ranks.
+
+    `workers` processes are forked (0: everything happens in this process).
     `encoder` serves all sources, or is one for each. With a `quarantine`, a Sample that can't be read leaves a hole in
     its batch; without one it is an error.
 
@@ -88,16 +99,23 @@ class TrainLoader:
         tokens_per_micro_batch: int | None = None,
         micro_batch_size: int | None = None,
         order: str = "shuffled",
+        weights: Sequence[float] | None = None,
         seed: int = 42,
         workers: int = 0,
         start_step: int = 0,
         total_steps: int | None = None,
         limits: ImageLimits | None = None,
         quarantine: Quarantine | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+        image_cost_tokens: float = 0.0,
     ) -> None:
         if (tokens_per_micro_batch is None) == (micro_batch_size is None):
             raise ValueError("give one of tokens_per_micro_batch and micro_batch_size")
         self.corpus = corpus
+        self.weights = weights
+        self.samples_per_epoch = len(corpus) if weights is None else epoch_size(corpus.samples.sources, weights)
+        self.rank, self.ranks, self.image_cost_tokens = rank, ranks, image_cost_tokens
         self.global_batch_size = global_batch_size
         self.tokens_per_micro_batch = tokens_per_micro_batch
         self.micro_batch_size = micro_batch_size
@@ -114,7 +132,7 @@ class TrainLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.corpus) // self.global_batch_size)
+        return -(-self.samples_per_epoch // self.global_batch_size)
 
     def __len__(self) -> int:
         return max(0, self.total_steps - self.start_step)
@@ -125,12 +143,16 @@ class TrainLoader:
         start = place * self.global_batch_size
         samples = self._epoch_order(epoch)[start : start + self.global_batch_size]
         if self.micro_batch_size is not None:
-            bins = consecutive(len(samples), self.micro_batch_size)
+            bins = plan_consecutive(len(samples), self.micro_batch_size, self.ranks)
         else:
             assert self.tokens_per_micro_batch is not None
-            bins = plan_step(self.corpus.index.lengths[samples].tolist(), self.tokens_per_micro_batch)
-        micro_batches = tuple(tuple(int(samples[i]) for i in b) for b in bins)
-        return StepPlan(step, epoch, tuple(int(i) for i in samples), micro_batches)
+            lengths, pictures = self.corpus.index.lengths[samples], self.corpus.index.pictures[samples]
+            costs = sample_costs(lengths, pictures, self.image_cost_tokens)
+            bins = plan_ranks(lengths.tolist(), self.tokens_per_micro_batch, self.ranks, costs)
+        numbers = samples.tolist()
+        own = tuple(numbers[i] for i in sorted(i for b in bins[self.rank] for i in b))
+        micro_batches = tuple(tuple(numbers[i] for i in b) for b in bins[self.rank])
+        return StepPlan(step, epoch, tuple(numbers), own, micro_batches)
 
     def __iter__(self) -> Iterator[Step]:
         batches = self._batches()
@@ -144,12 +166,12 @@ class TrainLoader:
             if self.quarantine is not None:
                 bad = self.quarantine.add(b for one in made for b in one.bad)
             filled = [one.batch for one in made if one.batch is not None]
-            if not filled:
+            if not filled and plan.own:
                 raise DataError(
-                    f"step {step + 1}: none of its {len(plan.samples)} samples can be read, among them "
-                    f"{self.corpus.samples[plan.samples[0]].sample.where}; `lapilli data check` lists what is wrong"
+                    f"step {step + 1}: none of its {len(plan.own)} samples can be read, among them "
+                    f"{self.corpus.samples[plan.own[0]].sample.where}; `lapilli data check` lists what is wrong"
                 )
-            ids = tuple(names[i] for i in plan.samples)
+            ids = tuple(names[i] for i in plan.own)
             yield Step(step, plan.epoch, plan.samples, ids, filled, wait_seconds, tuple(bad))
 
     def _batches(self) -> Iterator[_Made]:
@@ -185,16 +207,25 @@ class TrainLoader:
             yield item
 
     def _make_epoch_order(self, epoch: int) -> np.ndarray:
-        batch_size = self.micro_batch_size or self.global_batch_size
-        return epoch_order(
-            len(self.corpus),
+        """The Samples that an epoch visits, in order: the mixture's, laid out by `order`."""
+        index = self.corpus.index
+        visited = np.arange(len(self.corpus))
+        if self.weights is not None:
+            visited = epoch_samples(index.kept, self.corpus.samples.sources, self.weights, self.seed, epoch)
+        # LLaVA's order counts words and knows of micro-batches; the others go by tokens and whole steps.
+        llava = self.order == "modality_groups_llava"
+        batch_size = self.micro_batch_size if llava and self.micro_batch_size else self.global_batch_size
+        order = epoch_order(
+            len(visited),
             self.seed,
             epoch,
             self.order,
-            lengths=self.corpus.index.words.tolist() if self.order == "modality_groups_llava" else None,
+            lengths=(index.words if llava else index.lengths)[visited],
+            pictures=index.pictures[visited],
             batch_size=batch_size,
             batches_per_step=-(-self.global_batch_size // batch_size),
         )
+        return visited[order]
 
     def _refuse_what_cannot_work(self) -> None:
         index, budget = self.corpus.index, self.tokens_per_micro_batch
