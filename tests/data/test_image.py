@@ -73,6 +73,45 @@ def test_fast_backend_is_within_two_levels_of_exact(mode):
         assert (tiles["exact"] - tiles["fast"]).abs().max() <= 2
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 150), st.integers(1, 150), st.integers(1, 40), st.sampled_from([0, 1, 2, 3, 4, 5]))
+def test_padding_that_is_not_computed_changes_no_pixel(width, height, target, resample):
+    """Against the plain way: paint the canvas, resize all of it with Pillow."""
+    colour = (200, 120, 3)
+    spec = ImageSpec(mode="pad", size=(target, target), resample=resample, mean=tuple(c / 255 + 0.001 for c in colour))
+    assert spec.pad_colour == colour
+    picture = random_picture(width, height, seed=width)
+    edge = max(width, height)
+    canvas = PIL.Image.new("RGB", (edge, edge), colour)
+    canvas.paste(picture, ((edge - width) // 2, (edge - height) // 2))
+    expected = np.asarray(canvas.resize((target, target), PIL.Image.Resampling(resample)))
+    got = to_tiles(picture, spec, layout_for(spec))[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (640, 427), (375, 500), (500, 333), (1024, 300), (200, 150)])
+def test_padding_is_exact_and_fast_is_close_at_the_size_of_llava(size):
+    config = CLIP | {"size": {"shortest_edge": 336}, "crop_size": 336}
+    picture = random_picture(*size)
+    tiles = {}
+    for backend in ("exact", "fast"):
+        spec = ImageSpec.from_processor_config(config, "pad", backend)
+        tiles[backend] = to_tiles(picture, spec, layout_for(spec))[0].permute(1, 2, 0).numpy().astype(int)
+    edge = max(size)
+    canvas = PIL.Image.new("RGB", (edge, edge), spec.pad_colour)
+    canvas.paste(picture, ((edge - size[0]) // 2, (edge - size[1]) // 2))
+    assert np.array_equal(tiles["exact"], np.asarray(canvas.resize((336, 336), PIL.Image.Resampling.BICUBIC)))
+    apart = np.abs(tiles["exact"] - tiles["fast"])
+    assert apart.max() <= 2
+    assert apart.mean() <= 0.01
+
+
+def test_normalised_tiles_have_one_memory_order():
+    for backend in ("exact", "fast"):
+        spec = ImageSpec.from_processor_config(CLIP, "pad", backend)
+        assert normalise(to_tiles(random_picture(90, 70), spec, layout_for(spec)), spec).is_contiguous()
+
+
 PROCESSORS = {
     "CLIPImageProcessorPil": {"size": {"shortest_edge": 30}, "crop_size": {"height": 24, "width": 28}},
     "SiglipImageProcessorPil": {"size": {"height": 40, "width": 32}},

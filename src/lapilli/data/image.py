@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import numpy as np
 import PIL.Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lapilli.base.errors import DataError, ModelError
 from lapilli.base.layout import ImageLayout, ImageMode
 from lapilli.data.picture import ImageLimits, image_size, open_image, to_rgb
+from lapilli.data.pixels import SUPPORT, Exact, Fast, Frame, Pixels
 
 if TYPE_CHECKING:
     import torch
@@ -189,76 +189,6 @@ def _read_channels(config: Mapping[str, Any], key: str) -> tuple[float, float, f
 V = TypeVar("V")
 
 
-class _Pixels(Protocol[V]):
-    """The four operations that tiles are made of; sizes are (width, height), offsets (left, top)."""
-
-    def start(self, image: PIL.Image.Image) -> V: ...
-    def resize(self, view: V, size: tuple[int, int], resample: int) -> V: ...
-    def canvas(self, view: V, size: tuple[int, int], offset: tuple[int, int], colour: tuple[int, int, int]) -> V: ...
-    def crop(self, view: V, offset: tuple[int, int], size: tuple[int, int]) -> V: ...
-    def finish(self, view: V) -> torch.Tensor: ...
-
-
-class _Exact:
-    """Pillow's own arithmetic."""
-
-    def start(self, image: PIL.Image.Image) -> PIL.Image.Image:
-        return image
-
-    def resize(self, view: PIL.Image.Image, size: tuple[int, int], resample: int) -> PIL.Image.Image:
-        return view if view.size == size else view.resize(size, PIL.Image.Resampling(resample))
-
-    def canvas(
-        self, view: PIL.Image.Image, size: tuple[int, int], offset: tuple[int, int], colour: tuple[int, int, int]
-    ) -> PIL.Image.Image:
-        made = PIL.Image.new("RGB", size, colour)
-        made.paste(view, offset)
-        return made
-
-    def crop(self, view: PIL.Image.Image, offset: tuple[int, int], size: tuple[int, int]) -> PIL.Image.Image:
-        # Pillow fills what lies outside the picture with black.
-        return view.crop((*offset, offset[0] + size[0], offset[1] + size[1]))
-
-    def finish(self, view: PIL.Image.Image) -> torch.Tensor:
-        import torch
-
-        return torch.from_numpy(np.array(view)).permute(2, 0, 1)
-
-
-class _Fast:
-    """Torch's antialiased resize on uint8, channels last, which is several times faster than Pillow's."""
-
-    def start(self, image: PIL.Image.Image) -> torch.Tensor:
-        import torch
-
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-    def resize(self, view: torch.Tensor, size: tuple[int, int], resample: int) -> torch.Tensor:
-        from torch.nn import functional
-
-        if (view.shape[2], view.shape[1]) == size:
-            return view
-        mode = "bicubic" if resample == 3 else "bilinear"
-        return functional.interpolate(view[None], size=(size[1], size[0]), mode=mode, antialias=True)[0]
-
-    def canvas(
-        self, view: torch.Tensor, size: tuple[int, int], offset: tuple[int, int], colour: tuple[int, int, int]
-    ) -> torch.Tensor:
-        made = view.new_tensor(colour).expand(size[1], size[0], 3).contiguous().permute(2, 0, 1)
-        made[:, offset[1] : offset[1] + view.shape[1], offset[0] : offset[0] + view.shape[2]] = view
-        return made
-
-    def crop(self, view: torch.Tensor, offset: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
-        left, top = offset
-        inside = view[:, max(0, top) : max(0, top + size[1]), max(0, left) : max(0, left + size[0])]
-        if (inside.shape[2], inside.shape[1]) == size:
-            return inside
-        return self.canvas(inside, size, (max(0, -left), max(0, -top)), (0, 0, 0))
-
-    def finish(self, view: torch.Tensor) -> torch.Tensor:
-        return view
-
-
 def to_tiles(image: PIL.Image.Image, spec: ImageSpec, layout: ImageLayout) -> torch.Tensor:
     """Turn a picture of any mode and size into (tiles, 3, H, W) uint8, not normalised.
 
@@ -273,45 +203,54 @@ def to_tiles(image: PIL.Image.Image, spec: ImageSpec, layout: ImageLayout) -> to
     image = to_rgb(image)
     spec.check_size(*image.size)
     if spec.backend == "exact":
-        return _tiles(image, spec, layout, _Exact())
-    return _tiles(image, spec, layout, _Fast())
+        return _tiles(image, spec, layout, Exact())
+    return _tiles(image, spec, layout, Fast())
 
 
-def _tiles(image: PIL.Image.Image, spec: ImageSpec, layout: ImageLayout, pixels: _Pixels[V]) -> torch.Tensor:
+def _tiles(image: PIL.Image.Image, spec: ImageSpec, layout: ImageLayout, pixels: Pixels[V]) -> torch.Tensor:
     import torch
 
     start = pixels.start(image)
+    if spec.mode == "pad":
+        return pixels.finish(_padded(start, image.size, spec, pixels))[None]
     if spec.mode == "square":
-        views = [(start, image.size)]
-    elif spec.mode == "pad":
-        views = [_padded(start, image.size, spec, pixels)]
-    else:
-        views = _anyres_views(start, image.size, spec, layout, pixels)
+        return pixels.finish(_process(start, image.size, spec, pixels))[None]
+    views = _anyres_views(start, image.size, spec, layout, pixels)
     return torch.stack([pixels.finish(_process(view, size, spec, pixels)) for view, size in views])
 
 
-def _process(view: V, size: tuple[int, int], spec: ImageSpec, pixels: _Pixels[V]) -> V:
+def _process(view: V, size: tuple[int, int], spec: ImageSpec, pixels: Pixels[V]) -> V:
     """Resize and centre crop: what the Hugging Face processor does before it rescales."""
-    width, height = spec.resized(*size)
-    view = pixels.resize(view, (width, height), spec.resample)
+    resized = spec.resized(*size)
+    return _cropped(pixels.resize(view, resized, spec.resample), resized, spec, pixels)
+
+
+def _cropped(view: V, size: tuple[int, int], spec: ImageSpec, pixels: Pixels[V]) -> V:
+    width, height = size
     if spec.crop is None or (height, width) == spec.crop:
         return view
     crop_height, crop_width = spec.crop
     return pixels.crop(view, ((width - crop_width) // 2, (height - crop_height) // 2), (crop_width, crop_height))
 
 
-def _padded(start: V, size: tuple[int, int], spec: ImageSpec, pixels: _Pixels[V]) -> tuple[V, tuple[int, int]]:
-    """Centre the picture on a square canvas of the encoder's mean colour."""
-    width, height = size
-    edge = max(width, height)
-    if width == height:
-        return start, size
-    offset = ((edge - width) // 2, (edge - height) // 2)
-    return pixels.canvas(start, (edge, edge), offset, spec.pad_colour), (edge, edge)
+def _padded(start: V, size: tuple[int, int], spec: ImageSpec, pixels: Pixels[V]) -> V:
+    """Centre the picture on a square canvas of the encoder's mean colour, and process that.
+
+    Where a filter resizes the canvas, only what the picture has influence on is computed.
+    """
+    frame = Frame(*size)
+    if frame.width == frame.height:
+        return _process(start, size, spec, pixels)
+    canvas = (frame.edge, frame.edge)
+    resized = spec.resized(*canvas)
+    if spec.resample not in SUPPORT or frame.edge in resized:
+        return _process(pixels.canvas(start, canvas, frame.offset, spec.pad_colour), canvas, spec, pixels)
+    view = pixels.resize_padded(start, frame, resized, spec.resample, spec.pad_colour)
+    return _cropped(view, resized, spec, pixels)
 
 
 def _anyres_views(
-    start: V, size: tuple[int, int], spec: ImageSpec, layout: ImageLayout, pixels: _Pixels[V]
+    start: V, size: tuple[int, int], spec: ImageSpec, layout: ImageLayout, pixels: Pixels[V]
 ) -> list[tuple[V, tuple[int, int]]]:
     """LLaVA-1.6: the overview, then the tiles of the best canvas, on which the picture is fitted and centred."""
     tile = (layout.tile_width, layout.tile_height)
@@ -346,4 +285,6 @@ def normalise(tiles: torch.Tensor, spec: ImageSpec, dtype: torch.dtype | None = 
 
     mean = torch.tensor(spec.mean, device=tiles.device).view(3, 1, 1)
     std = torch.tensor(spec.std, device=tiles.device).view(3, 1, 1)
-    return tiles.to(torch.float32).mul_(spec.rescale / std).sub_(mean / std).to(dtype or torch.float32)
+    # One memory order whatever the tiles had: kernels may round differently for another.
+    scaled = tiles.to(torch.float32, memory_format=torch.contiguous_format)
+    return scaled.mul_(spec.rescale / std).sub_(mean / std).to(dtype or torch.float32)
