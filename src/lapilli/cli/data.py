@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lapilli.cli.data_fetch import fetch
+
 if TYPE_CHECKING:
     from lapilli.data.encode import Encoder
     from lapilli.data.show import Drawing
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app.command("fetch")(fetch)
 
 
 @app.callback()
