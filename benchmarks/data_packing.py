@@ -3,10 +3,9 @@
     python benchmarks/data_packing.py                            # synthetic lengths, seeded
     python benchmarks/data_packing.py --index RUN/index/index-*  # the lengths of your own data, from its index
 
-Prints, for each number of ranks: imbalance (1 - mean / max cost over ranks and micro-steps; a picture costs what
-`--image-cost` says in tokens), padding (positions that no sample fills, in the costliest plan and on average), and the
-time to plan per sample. Nothing is decoded or tokenised. A table row is the mean over all steps of an epoch; the worst
-step stands beside it. The last, shorter step of an epoch is left out.
+Prints imbalance (1 - mean / max cost over ranks and micro-steps; a picture costs what `--image-cost` says, in tokens),
+padding (computed positions that no sample fills), both together on average and in the worst step, and the processor
+time to plan per sample. Nothing is decoded or tokenised. The last, shorter step of an epoch is left out.
 """
 
 import argparse
@@ -49,13 +48,13 @@ def timed(plan: Callable[..., Any], *given: Any) -> tuple[Any, float]:
     return made, time.process_time() - start
 
 
-def row(what: str, waste: Sequence[float], padded: Sequence[float], microseconds: float) -> None:
-    """Print one line of the table."""
-    total = [1 - (1 - a) * (1 - b) for a, b in zip(waste, padded, strict=True)]
-    print(
-        f"{what:<44}{statistics.mean(waste):>10.2%}{statistics.mean(padded):>10.2%}"
-        f"{statistics.mean(total):>9.2%}{max(total):>9.2%}{microseconds:>9.1f}"
-    )
+def row(what: str, waste: Sequence[float], padded: Sequence[float], microseconds: float | None = None) -> None:
+    """Print one line of the table; what was not measured stays empty."""
+    total = [1 - (1 - a) * (1 - b) for a, b in zip(waste or [0.0] * len(padded), padded, strict=True)]
+    parts = [waste and statistics.mean(waste), padded and statistics.mean(padded)]
+    parts += [total and statistics.mean(total), max(total, default=None)]
+    cells = "".join(f"{part:>10.2%}" if isinstance(part, float) else f"{'':>10}" for part in parts)
+    print(f"{what:<40}{cells}" + ("" if microseconds is None else f"{microseconds:>12.1f}"))
 
 
 def measure_ranks(steps: Sequence[np.ndarray], lengths: np.ndarray, costs: np.ndarray, ranks: int, budget: int) -> None:
@@ -81,7 +80,7 @@ def measure_classical(steps: Sequence[np.ndarray], lengths: np.ndarray, ranks: i
         cells = [cost for mine in longest for cost in mine]
         waste.append(1 - statistics.mean(cells) / max(cells))
         padded.append(1 - int(lengths[step].sum()) / sum(cells))
-    row(f"padded, {ranks} ranks, {micro_batch_size} samples in a row", waste, padded, 0.0)
+    row(f"padded, {ranks} ranks, {micro_batch_size} samples in a row", waste, padded)
 
 
 def measure_shapes(
@@ -96,7 +95,7 @@ def measure_shapes(
         used |= {batch.shape for batch in batches}
         seconds += took
     samples = sum(len(step) for step in steps)
-    row(f"{len(used)} static shapes, {what}", [0.0] * len(padded), padded, seconds / samples * 1e6)
+    row(f"{len(used)} static shapes, {what}", [], padded, seconds / samples * 1e6)
 
 
 def main() -> None:
@@ -118,7 +117,7 @@ def main() -> None:
         f"99 %: {high:,}, longest {lengths.max():,}), {(pictures == 0).mean():.1%} text-only\n"
         f"{given.step} samples per step, a picture costs {given.image_cost:g} tokens\n"
     )
-    print(f"{'':<44}{'imbalance':>10}{'padding':>10}{'both':>9}{'worst':>9}{'us/sample':>9}".replace("us/", " us/"))
+    print(f"{'':<40}{'imbalance':>10}{'padding':>10}{'both':>10}{'worst':>10}{'us/sample':>12}")
     shuffled = steps_of(len(lengths), given.step, lengths, pictures, "shuffled")
     for ranks in (1, 8, 16):
         measure_ranks(shuffled, lengths, costs, ranks, given.budget)
@@ -131,7 +130,7 @@ def main() -> None:
     for size in (128, 4096):
         lists = [lengths[start : start + size].tolist() for start in range(0, len(lengths) - size + 1, size)]
         seconds = sum(timed(plan_step, one, given.budget)[1] for one in lists)
-        row(f"bin packer alone, {size} samples", [0.0], [0.0], seconds / (len(lists) * size) * 1e6)
+        row(f"bin packer alone, {size} samples", [], [], seconds / (len(lists) * size) * 1e6)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,20 @@ def test_plans_keep_everything_within_the_budget(step):
     assert len(bins) <= max(1, 2 * -(-sum(lengths) // budget))
 
 
+@given(st.lists(st.integers(1, 300), max_size=300), st.integers(1, 40), st.integers(300, 2000), st.integers(1, 4))
+def test_a_stream_is_packed_without_loss_split_or_reorder_beyond_the_look_ahead(lengths, look_ahead, budget, multiple):
+    """The look-ahead is the step: nothing that comes later is packed before it is complete."""
+    packed: list[int] = []
+    for start in range(0, len(lengths), look_ahead):
+        window = lengths[start : start + look_ahead]
+        bins = plan_step(window, budget, multiple=multiple)
+        assert len(bins) % multiple == 0
+        assert sum(map(bool, bins)) == min(len(bins), len(window))
+        packed += [start + i for b in bins for i in b]
+    assert sorted(packed) == list(range(len(lengths)))
+    assert all(place // look_ahead == i // look_ahead for place, i in enumerate(packed))
+
+
 @given(steps(), st.randoms(use_true_random=False))
 def test_costs_never_break_the_budget(step, random):
     lengths, budget = step
