@@ -1,7 +1,8 @@
 """Opening picture files: containment, budgets, and one RGB image or a clear refusal.
 
 A data file may come from anywhere, so a path may not leave its image root, a file is measured before it is decoded,
-and only formats that Pillow decodes itself are accepted (no PostScript interpreter is ever started).
+and only formats that Pillow decodes itself are accepted (no PostScript interpreter is ever started). The root, or what
+a path runs through below it, may be an archive (`data/archive`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import IO
 import PIL.Image
 
 from lapilli.base.errors import DataError
+from lapilli.data.archive import open_archive, split_path
 from lapilli.data.sample import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
@@ -84,7 +86,10 @@ def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def resolve(path: str, root: str | Path | None, where: str = "") -> str:
-    """Return the real path of a record's picture. Raises DataError if it is not inside `root`."""
+    """Return the real path of a record's picture. Raises DataError if it is not inside `root`.
+
+    Where `root` or the path holds an archive, the result runs on through it: `archive.split_path` takes it apart.
+    """
     name = _name(path, where)
     if root is None:
         raise DataError(f"{name}: the data source names no image folder; give it `images: FOLDER`")
@@ -139,13 +144,30 @@ def _stream(image: Image, root: str | Path | None, limits: ImageLimits, where: s
         if not stat.S_ISREG(facts.st_mode):
             raise DataError(f"{name}: {real} is not a file")
         _check_bytes(facts.st_size, limits, name)
-        stream = open(real, "rb")  # noqa: SIM115
+        stream: IO[bytes] = open(real, "rb")  # noqa: SIM115
+    except NotADirectoryError:
+        stream = io.BytesIO(_member(real, limits, name))
     except FileNotFoundError as error:
         raise DataError(f"{name}: there is no file {real}; fetch it, or correct `image` or `images`") from error
     except OSError as error:
         raise DataError(f"{name}: {real} can't be read ({error.strerror})") from error
     with stream:
         yield stream
+
+
+def _member(real: str, limits: ImageLimits, name: str) -> bytes:
+    """The bytes of a picture in an archive, measured before they are read."""
+    place = split_path(real)
+    if place is None:
+        raise DataError(f"{name}: there is no file {real}; fetch it, or correct `image` or `images`")
+    try:
+        archive = open_archive(place[0])
+        _check_bytes(archive.size(place[1]), limits, name)
+        return archive.read(place[1])
+    except DataError as error:
+        if str(error).startswith(name):
+            raise
+        raise DataError(f"{name}: {error}") from error
 
 
 def _has_end(kind: str | None, stream: IO[bytes]) -> bool:

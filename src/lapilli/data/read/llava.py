@@ -5,26 +5,25 @@ A file of them is a JSON list or JSON lines, see `data/read/stream`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lapilli.base.errors import DataError, unknown
+from lapilli.data.read.fields import (
+    ROLES,
+    disagreement,
+    in_place,
+    record_pictures,
+    text_of,
+    turn_weight,
+)
 from lapilli.data.read.record import Placement, RawRecord, kind
 from lapilli.data.read.stream import read_records
 from lapilli.data.sample import IMAGE_PLACEHOLDER, Image, Message, Part, Role, Sample, Text
 from lapilli.data.template import check_turns
 
 __all__ = ["ROLES", "Placement", "RawRecord", "parse", "read", "read_records"]
-
-ROLES: dict[str, Role] = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
 
 
 def read(path: str | Path, placement: Placement = "keep") -> Iterator[Sample]:
@@ -43,40 +42,23 @@ def parse(record: RawRecord, placement: Placement = "keep") -> Sample:
         raise DataError(f"{where}: {record.problem}")
     if not isinstance(value, dict):
         raise DataError(f"{where}: a record must be an object with `conversations`, not {kind(value)}")
-    images = _images(value, where)
+    images = record_pictures(value, where)
     turns = _turns(value, where)
     counts = [text.count(IMAGE_PLACEHOLDER) for _, text, _ in turns]
     if placement == "front":
         messages = _front(turns, images, counts, where)
     else:
         if sum(counts) != len(images):
-            raise DataError(_disagreement(where, sum(counts), len(images)))
+            raise disagreement(where, sum(counts), len(images))
         rest = iter(images)
-        messages = [Message(role, _in_place(text, rest), weight) for role, text, weight in turns]
+        messages = [Message(role, in_place(text, rest), weight) for role, text, weight in turns]
     check_turns(messages, where)
     name = value.get("id")
     return Sample(str(record.number if name is None else name), tuple(messages), where)
 
 
-def _images(value: dict[str, Any], where: str) -> list[Image]:
-    if value.get("image") is not None and value.get("images") is not None:
-        raise DataError(f"{where}: has both `image` and `images`; keep one")
-    field = "images" if value.get("images") is not None else "image"
-    paths = value.get(field)
-    if paths is None:
-        return []
-    if isinstance(paths, str):
-        paths = [paths]
-    if not isinstance(paths, list):
-        raise DataError(f"{where}: `{field}` must be a path or a list of paths, not {kind(paths)}")
-    for i, path in enumerate(paths):
-        if not isinstance(path, str) or not path:
-            raise DataError(f"{where}: `{field}` {i + 1} must be a path, not {kind(path) if path != '' else 'empty'}")
-    return [Image(path) for path in paths]
-
-
 def _turns(value: dict[str, Any], where: str) -> list[tuple[Role, str, float]]:
-    """Role, text and weight of every turn."""
+    """Role, text and weight of every turn; ShareGPT's `system` beside the turns is the first one."""
     field = "messages" if "conversations" not in value and "messages" in value else "conversations"
     turns = value.get(field)
     if turns is None:
@@ -85,7 +67,10 @@ def _turns(value: dict[str, Any], where: str) -> list[tuple[Role, str, float]]:
         raise DataError(f"{where}: `{field}` must be a list of turns, not {kind(turns)}")
     if not turns:
         raise DataError(f"{where}: `{field}` is empty; leave the record out")
-    return [_turn(turn, f"{where}: {field} turn {i}") for i, turn in enumerate(turns, 1)]
+    made = [_turn(turn, f"{where}: {field} turn {i}") for i, turn in enumerate(turns, 1)]
+    if value.get("system") and made[0][0] != "system":
+        made.insert(0, ("system", text_of(value["system"], where, "system"), 1.0))
+    return made
 
 
 def _turn(turn: Any, where: str) -> tuple[Role, str, float]:
@@ -94,30 +79,14 @@ def _turn(turn: Any, where: str) -> tuple[Role, str, float]:
     role = _field(turn, ("from", "role"), where)
     if role not in ROLES:
         raise DataError(f"{where}: {unknown('role', role, ROLES)}")
-    weight = turn.get("weight", 1)
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise DataError(f"{where}: `weight` must be 0 (not trained) or 1, not {weight!r}")
-    return ROLES[role], _field(turn, ("value", "content"), where), float(weight)
+    return ROLES[role], _field(turn, ("value", "content"), where), turn_weight(turn, where)
 
 
 def _field(turn: dict[str, Any], names: tuple[str, str], where: str) -> str:
     present = [name for name in names if name in turn]
     if len(present) != 1:
         raise DataError(f"{where}: needs `{names[0]}` or `{names[1]}`" + (", not both" if present else ""))
-    value = turn[present[0]]
-    if not isinstance(value, str):
-        raise DataError(f"{where}: `{present[0]}` must be text, not {kind(value)}")
-    return value
-
-
-def _in_place(text: str, images: Iterator[Image]) -> tuple[Part, ...]:
-    parts: list[Part] = []
-    for piece in re.split(f"({IMAGE_PLACEHOLDER})", text):
-        if piece == IMAGE_PLACEHOLDER:
-            parts.append(next(images))
-        elif piece:
-            parts.append(Text(piece))
-    return tuple(parts)
+    return text_of(turn[present[0]], where, present[0])
 
 
 def _front(turns: list[tuple[Role, str, float]], images: list[Image], counts: list[int], where: str) -> list[Message]:
@@ -128,7 +97,7 @@ def _front(turns: list[tuple[Role, str, float]], images: list[Image], counts: li
     """
     if sum(counts) != len(images):
         if sum(1 for count in counts if count) != len(images):
-            raise DataError(_disagreement(where, sum(counts), len(images)))
+            raise disagreement(where, sum(counts), len(images))
         counts = [min(count, 1) for count in counts]
     messages, rest = [], iter(images)
     for (role, text, weight), count in zip(turns, counts, strict=True):
@@ -141,15 +110,3 @@ def _front(turns: list[tuple[Role, str, float]], images: list[Image], counts: li
             parts = [*parts, Text(words)] if words else parts[:-1]
         messages.append(Message(role, tuple(parts), weight))
     return messages
-
-
-def _disagreement(where: str, placeholders: int, images: int) -> str:
-    if not images:
-        return (
-            f"{where}: the text has {placeholders} {IMAGE_PLACEHOLDER}, but the record has no `image`; "
-            f"name the picture, or take {IMAGE_PLACEHOLDER} out of the text"
-        )
-    return (
-        f"{where}: `image` names {images} picture(s), but the text has {placeholders} {IMAGE_PLACEHOLDER}; "
-        f"write {IMAGE_PLACEHOLDER} once for each picture, where it belongs"
-    )

@@ -1,0 +1,181 @@
+"""Arrow and Parquet files as archives of pictures: a cell is addressed as `ROW/COLUMN`, then index or field names.
+
+Arrow files are mapped into memory and cost nothing until a cell is read. Parquet is read a row group at a time, of
+which the last one stays in memory. Every batch is validated before anything in it is touched, since Arrow trusts the
+offsets that a file states.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from lapilli.base.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_PARQUET = b"PAR1"
+
+
+def open_table(path: str) -> ArrowTable | ParquetTable:
+    """The table in an Arrow (file or stream) or Parquet file. Raises DataError if it is damaged."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise DataError(f"{path}: reading Arrow and Parquet files needs pyarrow: pip install pyarrow")
+    with table_faults(path), open(path, "rb") as stream:
+        parquet = stream.read(4) == _PARQUET
+    return ParquetTable(path) if parquet else ArrowTable(path)
+
+
+@contextmanager
+def table_faults(path: str) -> Iterator[None]:
+    """Turn what pyarrow raises on damaged files into DataErrors."""
+    import pyarrow
+
+    try:
+        yield
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        raise DataError(f"{path}: can't be read as an Arrow or Parquet table ({error}); copy the file again") from error
+
+
+def is_binary(kind: pyarrow.DataType) -> bool:
+    """Whether cells of this type are bytes."""
+    import pyarrow
+
+    types = pyarrow.types
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+
+
+def is_list(kind: pyarrow.DataType) -> bool:
+    """Whether cells of this type are lists of any sort."""
+    import pyarrow
+
+    types = pyarrow.types
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+
+
+def is_struct(kind: pyarrow.DataType) -> bool:
+    """Whether cells of this type have named fields."""
+    import pyarrow
+
+    return pyarrow.types.is_struct(kind)
+
+
+class ArrowTable:
+    """An Arrow file, of the stream or the file layout."""
+
+    def __init__(self, path: str) -> None:
+        import pyarrow
+
+        self.path = path
+        self._checked: set[int] = set()
+        with table_faults(path):
+            source = pyarrow.memory_map(path)
+            options = pyarrow.ipc.IpcReadOptions(use_threads=False)
+            if source.read(6) == b"ARROW1":
+                reader = pyarrow.ipc.open_file(source, options=options)
+                self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            else:
+                source.seek(0)
+                reader = pyarrow.ipc.open_stream(source, options=options)
+                self._batches = list(reader)
+            self.schema = reader.schema
+        self._starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
+
+    def batches(self) -> Iterator[pyarrow.RecordBatch]:
+        """The rows, some at a time, in order. Raises DataError if a batch is not what it claims to be."""
+        for i in range(len(self._batches)):
+            yield self._batch(i)
+
+    def size(self, member: str) -> int:
+        return _buffer_size(self._cell(member))
+
+    def read(self, member: str) -> bytes:
+        return self._cell(member).as_py()
+
+    def _batch(self, i: int) -> pyarrow.RecordBatch:
+        batch = self._batches[i]
+        if i not in self._checked:
+            with table_faults(self.path):
+                batch.validate(full=True)
+            self._checked.add(i)
+        return batch
+
+    def _cell(self, member: str) -> Any:
+        row, column, steps = _address(self.path, member, self._starts[-1], self.schema)
+        i = bisect_right(self._starts, row) - 1
+        with table_faults(self.path):
+            value = self._batch(i).column(column)[row - self._starts[i]]
+        return _leaf(self.path, member, value, steps)
+
+
+class ParquetTable:
+    """A Parquet file."""
+
+    def __init__(self, path: str) -> None:
+        from pyarrow import parquet
+
+        self.path = path
+        with table_faults(path):
+            self.file = parquet.ParquetFile(path, memory_map=True, pre_buffer=False)
+            self.schema = self.file.schema_arrow
+            groups = range(self.file.num_row_groups)
+            rows = [self.file.metadata.row_group(i).num_rows for i in groups]
+        self._starts = [0, *accumulate(rows)]
+        self._kept: tuple[tuple[int, str], Any] | None = None
+
+    def size(self, member: str) -> int:
+        return _buffer_size(self._cell(member))
+
+    def read(self, member: str) -> bytes:
+        return self._cell(member).as_py()
+
+    def _cell(self, member: str) -> Any:
+        row, column, steps = _address(self.path, member, self._starts[-1], self.schema)
+        group = bisect_right(self._starts, row) - 1
+        if self._kept is None or self._kept[0] != (group, column):
+            with table_faults(self.path):
+                table = self.file.read_row_group(group, columns=[column], use_threads=False)
+                table.validate(full=True)
+            self._kept = ((group, column), table.column(0))
+        with table_faults(self.path):
+            value = self._kept[1][row - self._starts[group]]
+        return _leaf(self.path, member, value, steps)
+
+
+def _address(path: str, member: str, rows: int, schema: pyarrow.Schema) -> tuple[int, str, list[str]]:
+    number, _, rest = member.partition("/")
+    column, *steps = rest.split("/")
+    if not (number.isascii() and number.isdigit() and len(number) < 20 and int(number) < rows):
+        raise DataError(f'{path}: the table has {rows:,} rows, and no row "{number}"')
+    if schema.names.count(column) != 1:
+        raise DataError(f'{path}: the table has no column "{column}", or several; it has {", ".join(schema.names)}')
+    return int(number), column, steps
+
+
+def _leaf(path: str, member: str, value: Any, steps: list[str]) -> Any:
+    """The bytes that an address leads to, as a scalar."""
+    for step in steps:
+        if not value.is_valid:
+            break
+        if is_struct(value.type) and value.type.get_field_index(step) >= 0:
+            value = value[step]
+        elif is_list(value.type) and step.isascii() and step.isdigit() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            raise DataError(f'{path}: the table has no cell "{member}"')
+    if value.is_valid and is_struct(value.type) and value.type.get_field_index("bytes") >= 0:
+        value = value["bytes"]
+    if not is_binary(value.type) or not value.is_valid:
+        raise DataError(f'{path}: cell "{member}" holds no bytes')
+    return value
+
+
+def _buffer_size(value: Any) -> int:
+    return value.as_buffer().size
