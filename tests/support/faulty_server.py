@@ -18,6 +18,8 @@ class File:
     content: bytes = b""
     cuts: list[int] = field(default_factory=list)
     """For each of the first answers: how many bytes are sent before the connection is closed."""
+    stall: tuple[int, threading.Event] | None = None
+    """Send so many bytes, then nothing until the event."""
     failures: list[int] = field(default_factory=list)
     """Statuses of the first answers."""
     redirect: str | None = None
@@ -116,4 +118,8 @@ def _content(handler: BaseHTTPRequestHandler, file: File) -> None:
         handler.send_header(name, value)
     handler.end_headers()
     sent = file.cuts.pop(0) if file.cuts else len(body)
+    if file.stall is not None:
+        handler.wfile.write(body[: file.stall[0]])
+        file.stall[1].wait(20)
+        return
     handler.wfile.write(body[:sent])

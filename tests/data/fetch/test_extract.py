@@ -118,6 +118,16 @@ def test_a_member_larger_than_it_says_is_refused(tmp_path):
     assert tree(tmp_path / "out") == {}
 
 
+@pytest.mark.parametrize("size", [5, 3_000_000])
+def test_a_changed_byte_is_found_by_the_members_crc(tmp_path, size):
+    with zipfile.ZipFile(tmp_path / "a", "w", zipfile.ZIP_STORED) as out:
+        out.writestr("x.jpg", b"Q" * size)
+    (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes().replace(b"QQQ", b"QqQ", 1))
+    with pytest.raises(DataError, match=r"Bad CRC-32 for file 'x\.jpg'"):
+        unpack(tmp_path / "a", tmp_path / "out", Unpack(into="in"), max_bytes=10 * LIMIT)
+    assert tree(tmp_path / "out") == {}
+
+
 def test_damage_is_found_and_leaves_no_half_file(tmp_path):
     archive = make_zip(tmp_path / "a.zip", {"one": b"first", "two": os.urandom(5000)})
     content = bytearray(archive.read_bytes())

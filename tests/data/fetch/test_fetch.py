@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 
 import pytest
@@ -354,6 +356,35 @@ def test_archives_that_are_removed_do_not_add_up():
     plan = make_plan("small", sources.mixtures["small"], sources.items, "/nowhere")
     assert plan.disk_bytes(keep_archives=False) == 30_600_000_000
     assert plan.disk_bytes(keep_archives=True) == 40_600_000_000
+
+
+def test_a_killed_command_goes_on_where_it_was(tmp_path):
+    served = files()
+    release = threading.Event()
+    content = os.urandom(600_000)
+    served["/mix.json"] = File(content, stall=(400_000, release))
+    with serving(served) as server:
+        table = a_table(server.url)
+        table["mixtures"]["small"]["items"] = ["notes"]
+        table["mixtures"]["small"]["sources"] = []
+        table["items"]["notes"]["about"] = "1 MB"
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump(table), "utf-8")
+        command = [sys.executable, "-m", "lapilli.cli", "data", "fetch", "small", "--table", "own.yaml", "--out", "o"]
+        part = tmp_path / "o" / "mix.json.part"
+        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as killed:
+            end = time.monotonic() + 20
+            while time.monotonic() < end and not (part.is_file() and part.stat().st_size > 300_000):
+                time.sleep(0.02)
+            killed.kill()
+        had = part.stat().st_size
+        release.set()
+        served["/mix.json"].stall = None
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=30)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert server.ranges("/mix.json") == [None, f"bytes={had}-"]
+    assert 300_000 < had < 600_000
+    assert (tmp_path / "o" / "mix.json").read_bytes() == content
+    assert "[partly here]" in done.stdout
 
 
 class TestCommand:
