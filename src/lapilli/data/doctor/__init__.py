@@ -1,0 +1,1 @@
+"""`lapilli data check`: everything that could spoil a run, found before it starts."""
