@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lapilli.cli.data_check import check
 from lapilli.cli.data_fetch import fetch
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from lapilli.data.show import Drawing
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app.command("check")(check)
 app.command("fetch")(fetch)
 
 
@@ -29,7 +31,9 @@ def data() -> None:
 
 @app.command()
 def show(
-    file: Annotated[str, typer.Argument(metavar="DATA", help="LLaVA JSON or JSONL file.")],
+    file: Annotated[
+        str, typer.Argument(metavar="DATA", help="File or folder of conversations, in any format that is read.")
+    ],
     model: Annotated[str, typer.Option(help="Model folder, or the folder of a tokenizer alone.")],
     images: Annotated[str | None, typer.Option(help="Folder that picture paths are relative to.")] = None,
     template: Annotated[
@@ -96,15 +100,17 @@ class _Showing:
 
     def drawings(self, file: str, limit: int | None) -> Iterator[Drawing]:
         from lapilli.base.errors import DataError
-        from lapilli.data.read.llava import parse, read_records
+        from lapilli.data.read.open import open_source
         from lapilli.data.show import draw
+        from lapilli.recipe.schema import Source
 
-        for record in islice(read_records(file), limit):
+        reader = open_source(Source(path=file, images=self.images))
+        for record in islice(reader.records(), limit):
             self.records += 1
             try:
-                sample = parse(record, self.placement)
+                sample = reader.parse(record, self.placement)
                 sizes = self._sizes(sample)
-                name = record.value.get("id")
+                name = record.value.get("id") if isinstance(record.value, dict) else None
                 name = name if isinstance(name, str | int) else None
                 yield draw(sample, self.encoder, sizes, unexpanded=self.unexpanded, name=name)
             except DataError as error:
