@@ -344,3 +344,44 @@ def test_lora_runs_that_learn_more_than_adapters_export_the_whole_model(recipe_f
     )  # fmt: skip
     assert "adapters merged, model/ holds the whole model: the vision encoder was trained" in said
     assert (whole / "model/config.json").is_file()
+
+
+@pytest.fixture
+def own_pictures(tmp_path):
+    """The pictures of the recipe's conversations in a folder that a test may spoil."""
+    shutil.copytree(REFERENCE / "training/images", tmp_path / "pictures")
+    named = [r["image"] for r in json.loads((tmp_path / "chat.json").read_text()) if "image" in r]
+    return [tmp_path / "pictures" / name for name in named]
+
+
+def test_a_run_goes_on_without_bad_records_and_lists_them(recipe_file, own_pictures):
+    pictures = own_pictures
+    keep = ["data.images=pictures", "data.bad_records=quarantine", "data.max_bad_ratio=0.2", "train.epochs=2"]
+    path = recipe_file()
+    pictures[0].unlink()
+    _, outcome, _ = train(path, "out=first", *keep, "train.max_steps=1")  # the index is made here
+    pictures[1].write_bytes(pictures[1].read_bytes()[:60])
+    shutil.copytree("first/index", "second/index")
+    folder, outcome, _ = train(path, "out=second", *keep, "train.save_every=1")
+    assert outcome.step == 8
+    listed = [json.loads(line)["what"] for line in (folder / "left_out.jsonl").read_text().splitlines()]
+    assert len(listed) == 2
+    assert "there is no file" in listed[0]
+    assert "truncated" in listed[1]
+    assert sum(r["samples"] for r in read_metrics(folder / "metrics.jsonl")) == 2 * (15 - 1)
+    state = json.loads((folder / "checkpoints/step-000008/state.json").read_text())
+    assert ["truncated" in one["reason"] for one in state["bad"]] == [True]
+    with pytest.raises(DataError, match=r"max_bad_ratio 0\.07 allows 1"):
+        train(path, "out=third", *keep[:2], "data.max_bad_ratio=0.07")
+
+
+def test_a_source_is_visited_as_often_as_it_weighs(recipe_file, tmp_path):
+    path = recipe_file()
+    twice = "data.train=[{path: chat.json, weight: 2, subset: '0:8'}, {path: held-out.json, template: llava_v0}]"
+    folder, outcome, said = train(path, "out=weighted", twice, "train.save_every=2")
+    assert outcome.total_steps == 5  # 2 * 8 + 4 samples, four at a time
+    assert "20 samples by weight" in said
+    assert sum(r["samples"] for r in read_metrics(folder / "metrics.jsonl")) == 20
+    other = [twice.replace("weight: 2", "weight: 3"), "train.save_every=2"]
+    with pytest.raises(RunError, match=r"data\.weights"):
+        train(path, "out=other", *other, resume=str(folder / "checkpoints/step-000005"))

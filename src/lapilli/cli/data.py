@@ -14,6 +14,7 @@ import typer
 
 from lapilli.cli.data_check import check
 from lapilli.cli.data_fetch import fetch
+from lapilli.cli.data_prepare import prepare
 
 if TYPE_CHECKING:
     from lapilli.data.encode import Encoder
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 app.command("check")(check)
 app.command("fetch")(fetch)
+app.command("prepare")(prepare)
 
 
 @app.callback()
@@ -31,9 +33,7 @@ def data() -> None:
 
 @app.command()
 def show(
-    file: Annotated[
-        str, typer.Argument(metavar="DATA", help="File or folder of conversations, in any format that is read.")
-    ],
+    file: Annotated[str, typer.Argument(metavar="DATA", help="File or folder of conversations, in any format.")],
     model: Annotated[str, typer.Option(help="Model folder, or the folder of a tokenizer alone.")],
     images: Annotated[str | None, typer.Option(help="Folder that picture paths are relative to.")] = None,
     template: Annotated[

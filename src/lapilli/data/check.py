@@ -15,7 +15,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -126,9 +126,7 @@ def index(
     if kept is not None and kept.is_dir():
         return _open(kept, stamp, roots)
     settings = _Settings(readers, encoders, spec, placement, limits)
-    place: AbstractContextManager[str | Path] = (
-        tempfile.TemporaryDirectory() if kept is None else atomic_folder(kept, replace=True)
-    )
+    place: AbstractContextManager[str | Path] = tempfile.TemporaryDirectory() if kept is None else _kept(kept)
     with place as folder:
         found = _check_all(sources, settings, workers, Path(folder), stream)
         if len(found.problems) > int(found.records * max_bad_ratio):
@@ -142,6 +140,20 @@ def index(
             why = "; ".join(f"{count:,} x {kind}" for kind, count in corpus.index.note_counts().items())
             raise DataError(f"{names}: nothing is left to train on: {found.records:,} records{why and f', {why}'}")
     return corpus
+
+
+@contextmanager
+def _kept(folder: Path) -> Iterator[Path]:
+    """An index folder to fill; if the data are bad, the folders made for it go again."""
+    made = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        with atomic_folder(folder, replace=True) as draft:
+            yield draft
+    except BaseException:
+        for parent in made:
+            with suppress(OSError):  # something else has been written there in the meantime
+                parent.rmdir()
+        raise
 
 
 def _open(folder: Path, stamp: str, roots: Sequence[str | None]) -> Corpus:

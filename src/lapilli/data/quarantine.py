@@ -39,7 +39,7 @@ class Quarantine:
 
     def add(self, bad: Iterable[BadRecord]) -> list[BadRecord]:
         """Take in what was found and return what is new of it. Raises DataError beyond the ceiling."""
-        new = [one for one in bad if one.sample not in self.found]
+        new = list({one.sample: one for one in bad if one.sample not in self.found}.values())
         self.found.update((one.sample, one) for one in new)
         if len(self.found) > self.ceiling:
             raise DataError(too_many([one.reason for one in self.found.values()], self.samples, self.max_ratio))

@@ -5,7 +5,6 @@ names the nearest valid one. Nothing here imports torch, so a wrong recipe is re
 """
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -28,9 +27,10 @@ class Source(Section):
     """One data file or folder, the root of its pictures, and its part in the mixture."""
 
     path: str
-    """LLaVA JSON or JSONL file. A relative path is relative to the recipe file."""
+    """File or folder of conversations, in any format that lapilli reads; a relative path is relative to the recipe."""
     images: str | None = None
-    """Folder that picture paths are relative to; no picture outside it is ever opened. Null: `data.images`."""
+    """Folder or archive (.tar, .zip) that picture paths are relative to; no picture outside it is ever opened. Null:
+    `data.images`."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How often an epoch visits each record: the whole part of the weight, and once more for a share of the records
     as large as the rest, drawn anew for each epoch. Of training data only."""
@@ -49,11 +49,11 @@ class Source(Section):
 
 
 def _with_images(given: Any, images: Any) -> Any:
-    """Complete one source: a plain path becomes a mapping, and the picture folder is filled in."""
+    """Complete one source: a plain path becomes a mapping, and the common picture folder is filled in."""
     one = {"path": given} if isinstance(given, str) else given
     if not isinstance(one, dict) or one.get("images") is not None or not isinstance(one.get("path"), str):
         return one
-    return {**one, "images": images if images is not None else str(Path(one["path"]).parent)}
+    return one if images is None else {**one, "images": images}
 
 
 class Data(Section):
@@ -63,7 +63,8 @@ class Data(Section):
     validation: tuple[Source, ...] = ()
     """Held-out data for the validation loss; empty: none is computed."""
     images: str | None = None
-    """Picture folder of the sources that name none; null: the folder that holds the data file."""
+    """Picture folder of the sources that name none; null: where the data's format keeps its pictures, for JSON the
+    folder of the file itself."""
     template: str | None = None
     """Name or YAML file of the template that renders conversations; null: the model folder's own. The exported model
     carries it, except `plain`, which has no turns to chat in: then the model keeps its own."""

@@ -65,6 +65,7 @@ def run_facts(stage: Stage) -> dict[str, Any]:
     """Return what decides the result of a run, but for its data, as flat dotted keys."""
     whole = stage.model_dump(mode="json")
     facts = {"model": whole["model"], "run.seed": whole["run"]["seed"], "run.precision": whole["run"]["precision"]}
+    facts["data.weights"] = [source.weight for source in stage.data.train]
     for section, free in _FREE.items():
         facts |= {f"{section}.{key}": value for key, value in whole[section].items() if key not in free}
     return facts

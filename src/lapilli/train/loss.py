@@ -73,9 +73,7 @@ class LossModule(nn.Module):
     def _piece(self, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         return self._cross_entropy(self.model.head(states), targets, weights)
 
-    def _cross_entropy(
-        self, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         logits = self.model.without_image_token(logits.float())
         if weights is None:
             return F.cross_entropy(logits, targets, reduction="sum")

@@ -115,9 +115,10 @@ def check_files(stages: Sequence[Stage]) -> None:
         at = f"stage {stage.name}: data" if len(stages) > 1 else "data"
         for split, sources in (("train", stage.data.train), ("validation", stage.data.validation)):
             for source in sources:
-                if not Path(source.path).is_file():
-                    missing.append(f"{at}.{split}: {source.path}: no such file")
-                if source.images is not None and not Path(source.images).is_dir():
+                # A pattern over shards is resolved where it is opened.
+                if "{" not in source.path and not Path(source.path).exists():
+                    missing.append(f"{at}.{split}: {source.path}: no such file or folder")
+                if source.images is not None and not Path(source.images).exists():
                     missing.append(f"{at}.images: {source.images}: no such folder (for pictures of {source.path})")
     if missing:
         raise DataError("\n".join(dict.fromkeys(missing)))

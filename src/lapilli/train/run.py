@@ -97,8 +97,10 @@ def _train(ready: Prepared, origins: Mapping[str, str], say: Say, stream: TextIO
 
 def _plan(ready: Prepared) -> str:
     train, per_epoch = ready.stage.train, ready.loader.steps_per_epoch
+    visited = ready.loader.samples_per_epoch
+    mixed = f", {visited:,} samples by weight" if visited != len(ready.corpus) else ""
     return (
-        f"{ready.total_steps:,} steps of {train.global_batch_size} samples ({per_epoch:,} per epoch), "
+        f"{ready.total_steps:,} steps of {train.global_batch_size} samples ({per_epoch:,} per epoch{mixed}), "
         f"{ready.stage.run.precision} on {ready.device.describe()}"
     )
 

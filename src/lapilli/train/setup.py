@@ -106,7 +106,9 @@ def training_loader(
         global_batch_size=train.global_batch_size,
         tokens_per_micro_batch=None if by_samples else max(train.tokens_per_micro_batch, _longest(corpus, order)),
         micro_batch_size=train.micro_batch_size if by_samples else None,
-        order=order or stage.data.order,
+        order=order or data.order,
+        # Held-out data are read once each, whatever a source weighs.
+        weights=None if order else [source.weight for source in sources],
         seed=stage.run.seed,
         workers=stage.data.workers,
         limits=limits(stage),
