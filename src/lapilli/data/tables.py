@@ -85,7 +85,7 @@ class ArrowTable:
                 source.seek(0)
                 reader = pyarrow.ipc.open_stream(source, options=options)
                 self._batches = list(reader)
-            self.schema = reader.schema
+            self.schema = _readable(reader.schema)
         self._starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
 
     def batches(self) -> Iterator[pyarrow.RecordBatch]:
@@ -124,7 +124,7 @@ class ParquetTable:
         self.path = path
         with table_faults(path):
             self.file = parquet.ParquetFile(path, memory_map=True, pre_buffer=False)
-            self.schema = self.file.schema_arrow
+            self.schema = _readable(self.file.schema_arrow)
             groups = range(self.file.num_row_groups)
             rows = [self.file.metadata.row_group(i).num_rows for i in groups]
         self._starts = [0, *accumulate(rows)]
@@ -147,6 +147,17 @@ class ParquetTable:
         with table_faults(self.path):
             value = self._kept[1][row - self._starts[group]]
         return _leaf(self.path, member, value, steps)
+
+
+def _readable(schema: pyarrow.Schema) -> pyarrow.Schema:
+    """The schema, once every name in it was decoded, which pyarrow puts off. Raises ValueError if one is not text."""
+    fields = list(schema)
+    while fields:
+        field = fields.pop()
+        if not field.name.isprintable():
+            raise ValueError(f"a column has the name {field.name!r}")
+        fields += [field.type.field(i) for i in range(field.type.num_fields)]
+    return schema
 
 
 def _address(path: str, member: str, rows: int, schema: pyarrow.Schema) -> tuple[int, str, list[str]]:

@@ -93,19 +93,31 @@ def _batches(table: ArrowTable | ParquetTable, unread: frozenset[str]) -> Iterat
 
 
 def _unread_bytes(table: ParquetTable) -> frozenset[str]:
-    """Columns of `{bytes, path}` whose bytes need not be read to know that they are there: no row group lacks any."""
+    """Columns of `{bytes, path}` whose bytes are there in the first rows, so that they need not be read to list rows.
+
+    A later picture without bytes is then an error when it is opened. (The counts of nulls in a file's statistics would
+    tell for all rows, but pyarrow ends the process where a damaged file has wrong ones.)
+    """
+    leaves = [table.file.schema.column(i).path for i in range(len(table.file.schema))]
     found = set()
-    with table_faults(table.path):
-        schema, about = table.file.schema, table.file.metadata
-        for i in range(len(schema)):
-            column, _, rest = schema.column(i).path.partition(".")
-            if not rest.endswith("bytes") or not _is_picture(table.schema.field(column).type):
-                continue
-            facts = [about.row_group(g).column(i).statistics for g in range(about.num_row_groups)]
-            beside = any(schema.column(j).path == f"{column}.{rest[:-5]}path" for j in range(len(schema)))
-            if beside and all(f is not None and f.has_null_count and f.null_count == 0 for f in facts):
-                found.add(column)
+    for field in table.schema:
+        of_column = [leaf for leaf in leaves if leaf.partition(".")[0] == field.name]
+        both = {leaf.rpartition(".")[2] for leaf in of_column} == {"bytes", "path"} and len(of_column) == 2
+        if both and _is_picture(field.type):
+            with table_faults(table.path):
+                batch = next(table.file.iter_batches(BATCH_ROWS, columns=of_column, use_threads=False), None)
+                if batch is not None:
+                    batch.validate(full=True)
+                    if all(_has_bytes(value) for value in batch.column(0)):
+                        found.add(field.name)
     return frozenset(found)
+
+
+def _has_bytes(value: Any) -> bool:
+    """Whether every picture in a cell of `{bytes, path}`, or of a list of these, has its bytes."""
+    if not value.is_valid:
+        return True
+    return all(map(_has_bytes, value)) if is_list(value.type) else value["bytes"].is_valid
 
 
 def _column(batch: pyarrow.RecordBatch, name: str, place: str, start: int, unread: frozenset[str]) -> list[Any]:
