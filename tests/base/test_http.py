@@ -251,6 +251,8 @@ def test_what_counts_as_inside():
     assert is_loopback("localhost")
     assert is_loopback("127.8.8.8")
     assert is_loopback("::1")
+    assert is_loopback("::ffff:127.0.0.1")
+    assert not is_private("::ffff:8.8.8.8")
     assert not is_loopback("localhost.example.com")
     assert is_private("fd00::1")
     assert not is_private("8.8.8.8")
