@@ -243,6 +243,8 @@ class _Goes:
         self.note = path.with_name(path.name + ".part.json")
         self.said = _Said()
         self.final_host = ""
+        self.total: int | None = None
+        """What the last server said of the whole file's size."""
         self._on_bytes = on_bytes
 
     def have(self) -> int:
@@ -288,6 +290,7 @@ class _Goes:
         if status not in (200, 206):
             raise HttpError(f"{self.url}: the server answered {status} {response.reason_phrase}", status)
         start, total = self._place(response)
+        self.total = total
         kind = response.headers.get("content-type", "")
         if kind.startswith("text/html") and self.path.suffix not in (".html", ".htm"):
             raise HttpError(f"{self.url}: a web page came where a file was meant; the source may want a login")
@@ -349,7 +352,7 @@ class _Goes:
                 if self.expected.md5:
                     sums["md5"].update(chunk)
             os.fsync(stream.fileno())
-        known = self.expected.size if self.expected.size is not None else self.said.size
+        known = next((n for n in (self.expected.size, self.said.size, self.total) if n is not None), None)
         if known is not None and size != known:
             return None, f"{size:,} bytes came, it should have {known:,}"
         for name, digest in want.items():
