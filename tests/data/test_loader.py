@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from lapilli.base.errors import DataError, RecipeError
-from lapilli.data.check import Corpus, index
+from lapilli.data.check import index
+from lapilli.data.corpus import Corpus
 from lapilli.data.image import to_tiles
 from lapilli.data.loader import TrainLoader
 from lapilli.data.order import ORDERS

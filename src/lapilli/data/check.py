@@ -26,6 +26,7 @@ import numpy as np
 from lapilli.base.atomic import atomic_folder
 from lapilli.base.errors import DataError
 from lapilli.base.progress import Progress
+from lapilli.data.corpus import Corpus, RecordCorpus, are_prepared, open_prepared
 from lapilli.data.encode import Encoder
 from lapilli.data.image import ImageLimits, ImageSpec, image_size
 from lapilli.data.order import llava_length
@@ -44,17 +45,6 @@ SHOWN_PER_KIND = 3
 
 Record = tuple[int, int, RawRecord]
 """(number over all sources, source, record)"""
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """The Samples of one or more sources, all of them usable, and their index."""
-
-    samples: SampleStore
-    index: DataIndex
-
-    def __len__(self) -> int:
-        return len(self.index)
 
 
 class BadData(DataError):
@@ -109,7 +99,9 @@ def index(
     max_bad_ratio: float = 0.0,
     stream: TextIO | None = None,
 ) -> Corpus:
-    """Read and check every record of `sources`; return the usable Samples with their index.
+    """Read and check every record of `sources`; return the usable ones with their index.
+
+    Prepared folders were checked when they were made, and are opened; they must fit `encoder`.
 
     `encoder` serves all sources, or is one for each (they differ in their templates, and in nothing else).
     `cache` is a folder that keeps indexes by stamp; where one fits, it is opened and nothing is read. `workers`
@@ -119,6 +111,8 @@ def index(
     """
     limits = limits or ImageLimits()
     encoders = (encoder,) * len(sources) if isinstance(encoder, Encoder) else tuple(encoder)
+    if are_prepared(sources):
+        return open_prepared(sources, encoders)
     readers = tuple(open_source(source, None if cache is None else Path(cache)) for source in sources)
     roots = tuple(reader.images for reader in readers)
     stamp = make_stamp(sources, readers, encoders, spec, placement, limits, max_bad_ratio, cache)
@@ -156,14 +150,14 @@ def _kept(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _open(folder: Path, stamp: str, roots: Sequence[str | None]) -> Corpus:
+def _open(folder: Path, stamp: str, roots: Sequence[str | None]) -> RecordCorpus:
     try:
         known, samples = DataIndex.open(folder), SampleStore.open(folder, roots)
         if known.stamp != stamp or len(known) != len(samples):
             raise ValueError("its files belong to different indexes")
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise DataError(f"{folder}: the data index is damaged ({error}); delete it and it is made again") from error
-    return Corpus(samples, known)
+    return RecordCorpus(samples, known)
 
 
 def _index(stamp: str, found: _Found) -> DataIndex:

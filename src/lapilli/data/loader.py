@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from lapilli.base.errors import DataError, RecipeError
-from lapilli.data.check import Corpus
+from lapilli.data.corpus import Corpus
 from lapilli.data.encode import Encoder
 from lapilli.data.image import ImageLimits, ImageSpec, open_image, to_tiles
 from lapilli.data.mixture import epoch_samples, epoch_size
@@ -114,7 +114,7 @@ class TrainLoader:
             raise ValueError("give one of tokens_per_micro_batch and micro_batch_size")
         self.corpus = corpus
         self.weights = weights
-        self.samples_per_epoch = len(corpus) if weights is None else epoch_size(corpus.samples.sources, weights)
+        self.samples_per_epoch = len(corpus) if weights is None else epoch_size(corpus.sources, weights)
         self.rank, self.ranks, self.image_cost_tokens = rank, ranks, image_cost_tokens
         self.global_batch_size = global_batch_size
         self.tokens_per_micro_batch = tokens_per_micro_batch
@@ -169,7 +169,7 @@ class TrainLoader:
             if not filled and plan.own:
                 raise DataError(
                     f"step {step + 1}: none of its {len(plan.own)} samples can be read, among them "
-                    f"{self.corpus.samples[plan.own[0]].sample.where}; `lapilli data check` lists what is wrong"
+                    f"{self.corpus.where(plan.own[0])}; `lapilli data check` lists what is wrong"
                 )
             ids = tuple(names[i] for i in plan.own)
             yield Step(step, plan.epoch, plan.samples, ids, filled, wait_seconds, tuple(bad))
@@ -211,7 +211,7 @@ class TrainLoader:
         index = self.corpus.index
         visited = np.arange(len(self.corpus))
         if self.weights is not None:
-            visited = epoch_samples(index.kept, self.corpus.samples.sources, self.weights, self.seed, epoch)
+            visited = epoch_samples(index.kept, self.corpus.sources, self.weights, self.seed, epoch)
         # LLaVA's order counts words and knows of micro-batches; the others go by tokens and whole steps.
         llava = self.order == "modality_groups_llava"
         batch_size = self.micro_batch_size if llava and self.micro_batch_size else self.global_batch_size
@@ -231,11 +231,11 @@ class TrainLoader:
         index, budget = self.corpus.index, self.tokens_per_micro_batch
         if budget is not None and int(index.lengths.max()) > budget:
             longest = int(index.lengths.argmax())
-            where = self.corpus.samples[longest].sample.where
+            where = self.corpus.where(longest)
             raise ExampleTooLong(longest, int(index.lengths[longest]), budget, where)
         if self.order == "modality_groups_llava":
             if (index.words == 0).any():
-                where = self.corpus.samples[int((index.words == 0).argmax())].sample.where
+                where = self.corpus.where(int((index.words == 0).argmax()))
                 raise DataError(f"{where}: a conversation without words has no place in order modality_groups_llava")
             if self.micro_batch_size and self.global_batch_size % self.micro_batch_size:
                 raise RecipeError(
@@ -299,14 +299,14 @@ class _Work(Dataset[Any]):
             self._in_hand[worker] = i
             known = None if self.quarantine is None else self.quarantine.found.get(i)
             if known is not None:
-                ids[i] = self.corpus.samples[i].sample.id
+                ids[i] = self.corpus.name(i)
                 continue
             try:
                 example, pictures = self._read(i)
             except DataError as error:
                 if self.quarantine is None:
                     return _Failure(str(error))
-                ids[i] = self.corpus.samples[i].sample.id
+                ids[i] = self.corpus.name(i)
                 bad.append(BadRecord(i, str(error)))
                 continue
             ids[i] = example.id
@@ -316,18 +316,15 @@ class _Work(Dataset[Any]):
         return _Made(pack(examples, tiles) if examples else None, ids, tuple(bad))
 
     def _read(self, i: int) -> tuple[Example, list[torch.Tensor]]:
-        placed, index = self.corpus.samples[i], self.corpus.index
-        encoder = self.encoders[placed.source if len(self.encoders) > 1 else 0]
-        example = encoder.encode(placed.sample, index.image_sizes(i))
-        if example is None or example.length != index.lengths[i]:
-            raise DataError(f"{placed.sample.where}: the record gives other tokens than when it was indexed")
-        return example, [self._tiles(slot, placed.root, example.where) for slot in example.images]
+        example, root = self.corpus.example(i, self.encoders), self.corpus.root(i)
+        return example, [self._tiles(slot, root, example.where) for slot in example.images]
 
     def _tiles(self, slot: ImageSlot, root: str | None, where: str) -> torch.Tensor:
         layout = self.encoders[0].layout
         assert layout is not None
         picture = open_image(slot.image, root, self.limits, where)
-        if picture.size != (slot.width, slot.height):
+        # Cerebras' prepared files do not say how large pictures are.
+        if slot.width and picture.size != (slot.width, slot.height):
             raise DataError(
                 f'{where}: image "{slot.image.path}" is {picture.size[0]} x {picture.size[1]} pixels, but was '
                 f"{slot.width} x {slot.height} when the data were indexed; delete the index to make it again"
@@ -339,7 +336,7 @@ class _Work(Dataset[Any]):
 
     def report_death(self, error: Exception) -> str:
         """Word the death of a worker with the records that the workers had in hand."""
-        held = [self.corpus.samples[i].sample.where for i in self._in_hand.tolist() if i >= 0]
+        held = [self.corpus.where(i) for i in self._in_hand.tolist() if i >= 0]
         records = ", ".join(held) if held else "no record"
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return (

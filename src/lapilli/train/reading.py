@@ -15,7 +15,8 @@ from lapilli.assemble.folder import FolderSpec, read_spec
 from lapilli.assemble.load import load, model_folder
 from lapilli.base.errors import DataError, RecipeError, RunError
 from lapilli.base.layout import ImageLayout, ImageMode
-from lapilli.data.check import Corpus, index
+from lapilli.data.check import index
+from lapilli.data.corpus import Corpus
 from lapilli.data.encode import Encoder
 from lapilli.data.image import ImageLimits, ImageSpec
 from lapilli.data.template import Template, get_template

@@ -153,7 +153,7 @@ def _list_left_out(ready: Prepared) -> None:
 
 def _noted(ready: Prepared, bad: BadRecord) -> tuple[str, str]:
     """Record and reason of a bad record, as the list of what was left out has them."""
-    where = ready.corpus.samples[bad.sample].sample.where
+    where = ready.corpus.where(bad.sample)
     return where, f"left out as bad: {bad.reason.removeprefix(f'{where}: ')}"
 
 

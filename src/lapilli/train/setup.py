@@ -15,7 +15,7 @@ import torch
 
 from lapilli.assemble.load import Loaded, load
 from lapilli.base.errors import RunError
-from lapilli.data.check import Corpus
+from lapilli.data.corpus import Corpus
 from lapilli.data.loader import TrainLoader
 from lapilli.data.quarantine import Quarantine
 from lapilli.model.adapter import add_lora
