@@ -182,8 +182,11 @@ def test_a_disagreement_is_refused_with_both_values(world, make_encoder, make_sp
         PreparedStore(tmp_path / "out", other)
     other = make_encoder(max_length=300)
     other.layout = other.layout.model_copy(update={"grid_width": 3})
-    with pytest.raises(DataError, match=r"grid_width 2.* in the prepared data, .*grid_width 3.* here"):
+    with pytest.raises(DataError, match="tokens per image is 4 in the prepared data, 6 here"):
         PreparedStore(tmp_path / "out", other)
+    PreparedStore(tmp_path / "out", make_encoder("square", max_length=300))  # cut or padded: the tokens are the same
+    with pytest.raises(DataError, match=r"image layout is mode pad.* in the prepared data, mode anyres.* here"):
+        PreparedStore(tmp_path / "out", make_encoder("anyres", max_length=300))
 
 
 def test_pictures_may_lie_inside(world, make_encoder, make_spec, tmp_path, options):

@@ -78,16 +78,19 @@ class Facts:
         have, want = getattr(self, name), getattr(wanted, name)
         if have == want or (name == "max_length" and want is None) or (name == "too_long" and not wanted.max_length):
             return None
-        if name in ("tokenizer", "template"):
-            extra = ("vocabulary", "tokens") if name == "tokenizer" else ("template_name", "")
-            have, want = (f"{f[:12]} ({getattr(who, extra[0])} {extra[1]}".rstrip() + ")" for f, who in
-                          ((have, self), (want, wanted)))  # fmt: skip
+        if name == "layout" and None not in (self.tokens_per_image, wanted.tokens_per_image):
+            return None  # how a picture of so many places is scaled or cut does not show in the tokens
+        if name == "tokenizer":
+            have, want = (f"{f.tokenizer[:12]} ({f.vocabulary} tokens)" for f in (self, wanted))
+        if name == "template":
+            have, want = (f"{f.template[:12]} ({f.template_name})" for f in (self, wanted))
         return f"{_SAID[name]} is {_shown(have)} in the prepared data, {_shown(want)} here"
 
 
 _SAID = {
     "tokenizer": "tokenizer",
     "template": "template",
+    "tokens_per_image": "tokens per image",
     "layout": "image layout",
     "image_token_id": "image token id",
     "prefix": "text prefix",

@@ -12,6 +12,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -41,6 +43,8 @@ QUARANTINE = "quarantine.jsonl"
 SHARD_RECORDS = 4096
 EMBEDDED_SHARD_RECORDS = 512
 """With pictures inside, a shard of 4,096 records would be hundreds of megabytes."""
+PARENT_SECONDS = 0.5
+"""How often a worker looks whether its parent still lives."""
 SHOWN = 3
 """Records that the error spells out where all are bad."""
 
@@ -145,7 +149,7 @@ def _claimed(out: Path, wanted: Mapping[str, Any]) -> Iterator[None]:
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: its workers do not hold it
         except OSError as error:
             raise DataError(f"{out}: another process is preparing data here") from error
         _same_settings(work / "job.json", wanted, out)
@@ -209,7 +213,7 @@ def _parts(job: Job, shard_records: int, processes: int) -> Iterator[tuple[Part,
             yield (make_shard(job, number, chunk), False) if done is None else (done, True)
         return
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, context, _Worker.start, (job,)) as pool:
+    with ProcessPoolExecutor(processes, context, _Worker.start, (job, os.getpid())) as pool:
         waiting: deque[Future[Part] | Part] = deque()
         try:
             for number, chunk in chunks:
@@ -235,13 +239,21 @@ class _Worker:
     job: Job
 
     @classmethod
-    def start(cls, job: Job) -> None:
+    def start(cls, job: Job, parent: int) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         cls.job = job
+        threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
 
     @classmethod
     def make(cls, number: int, records: Sequence[tuple[int, RawRecord]]) -> Part:
         return make_shard(cls.job, number, records)
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this worker when the process that started it is gone: a killed one leaves its workers waiting for ever."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os._exit(1)
 
 
 def _nothing_left(total: Statistics, entries: Sequence[Mapping[str, Any]]) -> str:
