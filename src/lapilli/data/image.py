@@ -286,5 +286,5 @@ def normalise(tiles: torch.Tensor, spec: ImageSpec, dtype: torch.dtype | None = 
     mean = torch.tensor(spec.mean, device=tiles.device).view(3, 1, 1)
     std = torch.tensor(spec.std, device=tiles.device).view(3, 1, 1)
     # One memory order whatever the tiles had: kernels may round differently for another.
-    scaled = tiles.to(torch.float32, memory_format=torch.contiguous_format)
+    scaled = tiles.contiguous().to(torch.float32)
     return scaled.mul_(spec.rescale / std).sub_(mean / std).to(dtype or torch.float32)

@@ -125,9 +125,10 @@ class Diagnosis:
         """(from, to, records) in equal steps of a round width; `to` is not in it."""
         if not len(self.lengths):
             return []
-        width = _round_up(int(self.lengths.max()) / BARS)
-        counts = np.bincount(self.lengths // width)
-        return [(i * width, (i + 1) * width, int(count)) for i, count in enumerate(counts)]
+        width = _round_up((int(self.lengths.max()) - int(self.lengths.min())) / BARS)
+        places = self.lengths // width
+        first, counts = int(places.min()), np.bincount(places - places.min())
+        return [(i * width, (i + 1) * width, int(count)) for i, count in enumerate(counts, first)]
 
     def pictures_per_sample(self) -> dict[int, int]:
         return dict(sorted(Counter(len(r.pictures) for r in self.trained).items()))
