@@ -175,8 +175,11 @@ class Template(Marks):
         pictures = tuple(p for p in first.parts if isinstance(p, Image))
         if not pictures:
             return sample
-        words = "".join(p.text for p in first.parts if isinstance(p, Text)).strip()
-        parts = (*pictures, Text(self.user_suffix + self.user_prefix + words))
+        words = [p for p in first.parts if isinstance(p, Text)]
+        if words:
+            words[0] = replace(words[0], text=words[0].text.lstrip())
+            words[-1] = replace(words[-1], text=words[-1].text.rstrip())
+        parts = (*pictures, Text(self.user_suffix + self.user_prefix), *words)
         messages = (*sample.messages[:at], replace(first, parts=parts), *sample.messages[at + 1 :])
         return replace(sample, messages=messages)
 

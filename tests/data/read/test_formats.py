@@ -116,6 +116,7 @@ def test_sharegpt_with_a_system_text_beside_the_turns():
     ("value", "turns"),
     [
         ({"image": "x", "caption": " a cat \n"}, [("u", "<x>"), ("a", "a cat")]),
+        ({"image_url": "x", "caption": "a cat"}, [("u", "<x>"), ("a", "a cat")]),
         ({"images": ["x", "y"], "txt": "two cats"}, [("u", "<x><y>"), ("a", "two cats")]),
         ({"image": "x", "question": "Q?", "answer": "A"}, [("u", "<x>\nQ?"), ("a", "A")]),
         ({"image": "x", "question": "Q <image>?", "answer": "A"}, [("u", "Q <x>?"), ("a", "A")]),
@@ -144,6 +145,11 @@ def test_semantic_data_array_keeps_order_weights_and_regions():
         Message("user", (Text("Compare ", 0), Image("a"), Text(" and ", 0.5), Image("b"))),
         Message("assistant", (Text("x", 2), Text("<rationale>y</rationale>"))),
     )
+
+
+def test_tags_stand_around_pictures_too():
+    sample = read([turn("user", {"image": "a", "include_tags": True}), turn("assistant", {"text": "A"})])
+    assert sample.messages[0].parts == (Text("<image>"), Image("a"), Text("</image>"))
 
 
 def test_semantic_settings_by_region_hold_where_the_turn_says_nothing():

@@ -124,6 +124,15 @@ def write_one_shard(root):
     return root / "s.tar", root / "not-there"
 
 
+def write_shard_of_paths(root):
+    (root / "images").mkdir()
+    write_folder(root / "images")
+    with tarfile.open(root / "s.tar", "w") as file:
+        for i, talk in enumerate(TALKS):
+            add(file, f"r{i}.json", json.dumps(llava(talk, **named(talk))).encode())
+    return root / "s.tar", root / "images"
+
+
 def cells(talk):
     return [{"bytes": picture(w), "path": f"{w}.png"} for w in widths(talk)]
 
@@ -197,8 +206,8 @@ def write_nested_dataset(root):
 
 
 WRITERS = [
-    write_list, write_lines, write_openai, write_array, write_shards, write_one_shard, write_parquet,
-    write_parquet_files, write_parquet_paths, write_dataset, write_nested_dataset,
+    write_list, write_lines, write_openai, write_array, write_shards, write_one_shard, write_shard_of_paths,
+    write_parquet, write_parquet_files, write_parquet_paths, write_dataset, write_nested_dataset,
 ]  # fmt: skip
 
 

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from lapilli.base.errors import DataError
-from lapilli.data.read.fields import disagreement, in_place, pictures_first, record_pictures, text_of
+from lapilli.data.read.fields import disagreement, in_place, picture, pictures_first, record_pictures, text_of
 from lapilli.data.read.record import Placement, RawRecord, kind
 from lapilli.data.sample import IMAGE_PLACEHOLDER, Image, Message, Part, Sample, Text
 from lapilli.data.template import check_turns
 
 CAPTIONS = ("caption", "text", "txt")
+PATHS = ("image_url", "image_path")
+"""Columns of captions that name the picture where the record has no `image`."""
 PAIRS = (("question", "answer"), ("prompt", "completion"), ("user", "assistant"))
 
 
@@ -23,7 +25,7 @@ def fits(value: dict[str, Any]) -> bool:
     """Whether a record has the fields of this format."""
     if isinstance(value.get("texts"), list) or any(value.get(q) is not None and a in value for q, a in PAIRS):
         return True
-    pictures = value.get("image") is not None or value.get("images") is not None
+    pictures = any(value.get(key) is not None for key in ("image", "images", *PATHS))
     return pictures and any(value.get(key) is not None for key in CAPTIONS)
 
 
@@ -31,6 +33,9 @@ def parse(record: RawRecord, placement: Placement = "keep") -> Sample:
     """One record as a Sample. Raises DataError with file, record, field and what to do."""
     where, value = record.where, record.value
     images = record_pictures(value, where)
+    path = next((key for key in PATHS if value.get(key) is not None), None)
+    if not images and path is not None:
+        images = [picture(value[path], where, f"`{path}`")]
     if isinstance(value.get("texts"), list):
         pairs = [_pair(one, f"{where}: texts {i}") for i, one in enumerate(value["texts"], 1)]
     elif any(value.get(q) is not None and a in value for q, a in PAIRS):

@@ -116,15 +116,14 @@ def _parts(turn: dict[str, Any], role: str, regions: Regions, where: str) -> tup
             length = len(given) if isinstance(given, list) else kind(given)
             raise DataError(f"{where}: `{key}` must be a list of {len(content)}, one per part, not {length}")
         lists[key] = given or [None] * len(content)
-    parts = []
+    parts: list[Part] = []
     for i, (part, weight, drop, attend) in enumerate(zip(content, *(lists[key] for key in _LISTS), strict=True), 1):
-        made = _part(part, (weight, drop, attend), role, regions, f"{where}, part {i}")
-        if made is not None:
-            parts.append(made)
+        parts += _part(part, (weight, drop, attend), role, regions, f"{where}, part {i}")
     return tuple(parts)
 
 
-def _part(part: Any, settings: tuple[Any, Any, Any], role: str, regions: Regions, where: str) -> Part | None:
+def _part(part: Any, settings: tuple[Any, Any, Any], role: str, regions: Regions, where: str) -> list[Part]:
+    """A part as it stands in the text, with its tags; nothing if it is dropped."""
     names = [key for key in part if key != "include_tags"] if isinstance(part, dict) else []
     if len(names) != 1:
         shown = f"has {', '.join(map(str, names))}" if names else f"is {kind(part)}"
@@ -132,20 +131,22 @@ def _part(part: Any, settings: tuple[Any, Any, Any], role: str, regions: Regions
     name = names[0]
     weight = _setting(settings[0], regions.loss_weight.get(name))
     if _flag(_setting(settings[1], regions.drop.get(name), False), where, "semantic_drop_mask"):
-        return None
+        return []
     if not _flag(_setting(settings[2], regions.attention.get(name), True), where, "semantic_attention_mask"):
         raise DataError(
             f"{where}: `semantic_attention_mask` hides this part from attention, which lapilli does not do; "
             "leave the part out with `semantic_drop_mask`"
         )
+    share = None if weight is None else weight_of(weight, where, "semantic_loss_weight")
+    bar, slash = ("|", "") if role == "document" else ("", "/")
+    before, after = (f"<{bar}{name}{bar}>", f"<{slash}{bar}{name}{bar}>") if part.get("include_tags") else ("", "")
     if name == "image":
-        return picture(part[name], where, "`image`")
+        shown = picture(part[name], where, "`image`")
+        return [Text(before, share), shown, Text(after, share)] if before else [shown]
     text = text_of(part[name], where, name)
     if not text:
         raise DataError(f"{where}: `{name}` is empty; leave the part out")
-    if part.get("include_tags"):
-        text = f"<|{name}|>{text}<|{name}|>" if role == "document" else f"<{name}>{text}</{name}>"
-    return Text(text, None if weight is None else weight_of(weight, where, "semantic_loss_weight"))
+    return [Text(before + text + after, share)]
 
 
 def _setting(*given: Any) -> Any:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from lapilli.base.errors import DataError
@@ -20,6 +21,8 @@ from lapilli.data.read.record import Placement, RawRecord
 from lapilli.data.sample import Sample
 from lapilli.data.tar import TarMember, tar_members
 
+PROBED = 100
+"""Records that are looked at to see whether the pictures are in the shards."""
 MAX_TEXT_BYTES = 64 << 20
 """A `json` or `txt` member larger than this is refused."""
 _CAPTIONS = ("txt", "caption", "text")
@@ -36,8 +39,14 @@ class WebDatasetReader:
 
     @classmethod
     def open(cls, files: Sequence[str], images: str | None) -> WebDatasetReader:
-        """The shards' own folder is the picture root, unless `images` is given and holds the shards too."""
-        return cls(tuple(files), picture_root(files, images))
+        """Where pictures are in the shards, their folder is the picture root, unless `images` holds the shards too.
+
+        Raises DataError if the first shard is damaged at its head.
+        """
+        first = islice(_groups(files[0]), PROBED)
+        inside = any(_is_picture(files[0], m) for members in first for m in members[1].values())
+        own = picture_root(files, images)
+        return cls(tuple(files), own if inside or images is None else images)
 
     @property
     def files(self) -> list[str]:
