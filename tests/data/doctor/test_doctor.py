@@ -1,7 +1,9 @@
 """Each fault is found, filed under its reason and kept out of the clean data; good data is left alone."""
 
+import base64
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -251,6 +253,42 @@ def test_other_formats_become_llava_json(folder, tmp_path):
     again = look(Source(path=str(tmp_path / "out" / "chat.json")))
     assert again.ok
     assert [r.key for r in again.usable] == [r.key for r in look(source).usable]
+
+
+def test_pictures_inside_records_become_files(tmp_path):
+    records, stored = [], []
+    for i in range(3):
+        stream = io.BytesIO()
+        picture(i).save(stream, "PNG")
+        stored.append(stream.getvalue())
+        address = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+        asked = [{"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": "What?"}]
+        answer = {"role": "assistant", "content": "It."}
+        records.append({"id": str(i), "messages": [{"role": "user", "content": asked}, answer]})
+    records[2]["messages"][1]["content"] = [{"type": "text", "text": "It", "weight": 0.5}]
+    (tmp_path / "inside.json").write_text(json.dumps(records))
+    source = Source(path=str(tmp_path / "inside.json"))
+    diagnosis = look(source)
+    assert diagnosis.ok
+    fixed = write_clean(diagnosis, [source], tmp_path / "out", stream=io.StringIO())
+    (file,) = fixed.files
+    assert (file.records, fixed.quarantined) == (2, 1)  # LLaVA's files have no weights between 0 and 1
+    for record, data in zip(json.loads(Path(file.path).read_text()), stored, strict=False):
+        assert (Path(file.images) / record["image"]).read_bytes() == data
+    again = look(Source(path=file.path, images=file.images))
+    assert [r.key for r in again.usable] == [r.key for r in diagnosis.usable[:2]]
+    assert [p.key for r in again.usable for p in r.pictures] == [
+        p.key for r in diagnosis.usable[:2] for p in r.pictures
+    ]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_pictures_in_archives_are_examined_too(folder, tmp_path, kind):
+    shutil.make_archive(str(tmp_path / "all"), kind, folder, ".")
+    name = tmp_path / f"all.{kind}"
+    (folder / "chat.json").write_text(json.dumps([record("a", "1.jpg"), record("b", "./1.jpg"), record("c", "9.jpg")]))
+    diagnosis = look(Source(path=str(folder / "chat.json"), images=str(name)), decode="full")
+    assert found(diagnosis) == {"missing": ["c"], "duplicate": ["b"]}
 
 
 @settings(max_examples=25, deadline=None)

@@ -234,5 +234,5 @@ def _repeats(usable: Sequence[RecordFacts], splits: Sequence[str]) -> list[Probl
             continue
         for picture in record.pictures:
             if (other := held_out.get(picture.key)) is not None:
-                report(record, "leaked_picture", f'image "{picture.path}" is a picture of {other.where}')
+                report(record, "leaked_picture", f"{picture.name} is a picture of {other.where}")
     return problems

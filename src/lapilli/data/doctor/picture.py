@@ -37,6 +37,15 @@ class PictureFacts:
     key: bytes
     exact: bool
 
+    @property
+    def name(self) -> str:
+        return name_of(self.path)
+
+
+def name_of(path: str | None) -> str:
+    """A picture for messages; one without a path stands in its record."""
+    return "image bytes" if path is None else f'image "{path}"'
+
 
 def look(image: Image, root: str | None, limits: ImageLimits, *, whole: bool) -> PictureFacts:
     """Open a picture, and with `whole` decode it. Raises DataError, with the picture's name in front."""
@@ -57,7 +66,7 @@ def look(image: Image, root: str | None, limits: ImageLimits, *, whole: bool) ->
 
 def content_key(image: Image, root: str | None, limits: ImageLimits) -> bytes:
     """A hash of the whole file. Raises DataError if it can't be read."""
-    with files._stream(image, root, limits, "", f'image "{image.path}"') as stream:
+    with files._stream(image, root, limits, "", name_of(image.path)) as stream:
         return _key(stream, whole=True)[0]
 
 

@@ -11,7 +11,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal
 
 from lapilli.base.errors import DataError
-from lapilli.data.doctor.picture import PictureFacts, look
+from lapilli.data.doctor.picture import PictureFacts, look, name_of
 from lapilli.data.doctor.reasons import Stage, reason_of
 from lapilli.data.image import ImageLimits, ImageSpec
 from lapilli.data.read.record import Placement, RawRecord, Reader, printable
@@ -112,7 +112,7 @@ class Examiner:
             if isinstance(picture, str):
                 report("picture", picture)
             elif picture.animated:
-                note("animated", f'image "{picture.path}"')
+                note("animated", picture.name)
         length = supervised = -1
         try:
             if not any(m.part_weight(p) for m in sample.messages for p in m.parts if isinstance(p, Text)):
@@ -146,7 +146,7 @@ class Examiner:
                 self.settings.spec.check_size(facts.width, facts.height)
         except DataError as error:
             message = str(error)
-            facts = message if message.startswith("image") else f'image "{image.path}": {message}'
+            facts = message if message.startswith("image") else f"{name_of(image.path)}: {message}"
         if image.path is not None:
             if len(self._pictures) >= KNOWN_PICTURES:
                 self._pictures.clear()
