@@ -58,7 +58,6 @@ OTHERWISE = {
         "named-region-attention": "theirs hides the region by its configuration",
         "named-region-dropped": "theirs drops the region by its configuration",
         "named-region-weight": "theirs weighs the region by its configuration",
-        "include-tags": "theirs writes <image> tags around the picture too",
     },
 }
 

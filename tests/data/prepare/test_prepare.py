@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -197,6 +198,22 @@ def test_pictures_may_lie_inside(world, make_encoder, make_spec, tmp_path, optio
     for slot in (slot for example in store for slot in example.images):
         assert slot.image.data == (tmp_path / "elsewhere" / slot.image.path).read_bytes()
         assert open_image(slot.image, None).size == (slot.width, slot.height)
+
+
+def test_pictures_in_archives(world, make_encoder, make_spec, tmp_path, options):
+    with tarfile.open(tmp_path / "pictures.tar", "w") as archive:
+        for file in sorted(Path(world.images).iterdir()):
+            archive.add(file, file.name)
+    source = world.model_copy(update={"images": str(tmp_path / "pictures.tar")})
+    encoder = make_encoder(max_length=300)
+    prepare([source], encoder, make_spec(), tmp_path / "out", embed_images=True, **options)
+    store = PreparedStore(tmp_path / "out", encoder)
+    assert len(store) == 23
+    for slot in (slot for example in store for slot in example.images):
+        assert slot.image.data == (Path(world.images) / slot.image.path).read_bytes()
+    prepare([source], encoder, make_spec(), tmp_path / "two", layout="cerebras", **options)
+    assert len(PreparedStore(tmp_path / "two")) == 8  # the conversations without pictures
+    assert "not members of archives" in (tmp_path / "two/quarantine.jsonl").read_text()
 
 
 def test_sources_with_several_roots_get_one(world, make_encoder, make_spec, tmp_path, options):

@@ -85,7 +85,7 @@ def prepare(
     shard_records = embedded if shard_records is None else shard_records
     readers = tuple(_reader(source) for source in sources)
     shape = _shape(encoder, max_images, embed_images) if layout == "cerebras" else None
-    pictures = PictureRoot.of([reader.images for reader in readers], embed_images)
+    pictures = PictureRoot.of([reader.images for reader in readers], embed_images, plain_files=shape is not None)
     settings = {
         "lapilli": VERSION,
         "layout": layout,
