@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -163,7 +164,6 @@ def test_duplicates_and_leaks_go_by_content_and_not_by_name(folder, decode):
         "duplicate": ["twin"],
         "leak": ["leaked"],
         "leaked_picture": ["asked"],
-        "same_id": ["words"],
     }
     assert [p.message.endswith("(id first)") for p in diagnosis.by_reason["duplicate"]] == [True]
     assert not diagnosis.ok  # a leak spoils the validation
@@ -210,6 +210,14 @@ def test_processes_find_what_one_finds(world, monkeypatch):
     alone, shared = look(world, workers=0), look(world, workers=2)
     assert alone.problems == shared.problems
     assert alone.usable == shared.usable
+
+
+def test_a_killed_process_is_reported_and_does_not_hang(world, monkeypatch):
+    from lapilli.data.doctor import record as module
+
+    monkeypatch.setattr(module, "look", lambda *_, **__: os._exit(9))
+    with pytest.raises(DataError, match="was killed"):
+        look(world, workers=2)
 
 
 # --- clean data ------------------------------------------------------------------------------------------------------

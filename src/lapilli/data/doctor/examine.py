@@ -209,7 +209,6 @@ def _identity(record: RecordFacts) -> tuple[bytes, tuple[bytes, ...]]:
 def _repeats(usable: Sequence[RecordFacts], splits: Sequence[str]) -> list[Problem]:
     """Duplicates within a split, and what training shares with validation."""
     first: dict[tuple[str, bytes, tuple[bytes, ...]], RecordFacts] = {}
-    ids: dict[tuple[int, str], RecordFacts] = {}
     held_out: dict[bytes, RecordFacts] = {}
     problems: list[Problem] = []
 
@@ -221,8 +220,6 @@ def _repeats(usable: Sequence[RecordFacts], splits: Sequence[str]) -> list[Probl
         known = first.setdefault((split, *_identity(record)), record)
         if known is not record:
             report(record, "duplicate", f"the same as {known.where}")
-        elif ids.setdefault((record.source, record.id), record) is not record:
-            report(record, "same_id", f"{ids[record.source, record.id].where} has this id too")
         if split == "validation":
             for picture in record.pictures:
                 held_out.setdefault(picture.key, record)

@@ -46,7 +46,6 @@ REASONS = {
         Reason("leak", "bad", "training record that is in the validation data too"),
         Reason("duplicate", "note", "the same conversation and pictures again"),
         Reason("leaked_picture", "note", "training picture that is in the validation data too"),
-        Reason("same_id", "note", "the same id on different records"),
         Reason("animated", "note", "animated picture: its first frame is used"),
         Reason("cut", "note", "part of the conversation is not used"),
     )

@@ -59,7 +59,6 @@ class RecordFacts:
     source: int
     number: int
     where: str
-    id: str
     key: bytes
     words: int
     length: int
@@ -128,9 +127,7 @@ class Examiner:
             return
         if len(facts) == len(seen):
             words = sum(len(p.text.split()) for m in sample.messages for p in m.parts if isinstance(p, Text))
-            found.usable.append(
-                RecordFacts(source, number, where, sample.id, _key(sample), words, length, supervised, facts)
-            )
+            found.usable.append(RecordFacts(source, number, where, _key(sample), words, length, supervised, facts))
 
     def _picture(self, source: int, place: int, sample: Sample) -> PictureFacts | str:
         """A picture's facts, or what is wrong with it, without the record's name."""

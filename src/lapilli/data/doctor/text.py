@@ -109,7 +109,8 @@ def _histogram(diagnosis: Diagnosis) -> Table:
     for low, high, count in bars:
         eighths = round(8 * BAR_WIDTH * count / most) or (1 if count else 0)
         bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
-        table.add_row(f"{low:,}-{high - 1:,}", f"{count:,}", Text(bar, style="cyan"))
+        span = f"{low:,}" if high - low == 1 else f"{low:,}-{high - 1:,}"
+        table.add_row(span, f"{count:,}", Text(bar, style="cyan"))
     return table
 
 
