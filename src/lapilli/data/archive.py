@@ -1,8 +1,8 @@
 """Files inside files: pictures in tar and zip archives and in the cells of Arrow and Parquet tables, read in place.
 
 A path may run through such a file as if it were a folder: `shard-000.tar/abc.jpg`, `train2017.zip/000001.jpg`, or
-`data.parquet/17/image` for a cell of row 17. What is kept per process is where each member lies, 30 bytes for each; the
-file itself is opened for every read, so nothing is shared or lost when processes fork.
+`data.parquet/17/image` for a cell of row 17 (rows count from 0). What is kept per process is where each member lies, 24
+to 56 bytes for each; the file itself is opened for every read, so nothing is shared or lost when processes fork.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from lapilli.data.tar import BLOCK, is_tar, tar_members
 
 _KEPT = 1024
 """Archives whose contents a process remembers."""
+_KEPT_OPEN = 128
+"""Tables that a process keeps open, each with a file descriptor."""
 _ZIP_LOCAL = struct.Struct("<4s5H3I2H")
 _BROKEN_ZIP = (zipfile.BadZipFile, OSError, ValueError, EOFError, struct.error, NotImplementedError, OverflowError)
 _STORED, _DEFLATED = 0, 8
@@ -84,21 +86,32 @@ def open_archive(path: str) -> Archive:
         facts = os.stat(path)
     except OSError as error:
         raise DataError(f"{path}: can't read it ({error.strerror})") from error
-    return _opened(path, facts.st_size, facts.st_mtime_ns)
+    key = (path, facts.st_size, facts.st_mtime_ns)
+    return _table(*key) if _kind(*key) in ("arrow", "parquet") else _directory(*key)
+
+
+# Size and time of change are part of the keys only, so that a changed file is looked up again.
+@lru_cache(4 * _KEPT)
+def _kind(path: str, size: int, mtime_ns: int) -> str | None:
+    del size, mtime_ns
+    return kind_of_file(path)
+
+
+@lru_cache(_KEPT_OPEN)
+def _table(path: str, size: int, mtime_ns: int) -> Archive:
+    from lapilli.data.tables import open_table
+
+    del size, mtime_ns
+    return open_table(path)
 
 
 @lru_cache(_KEPT)
-def _opened(path: str, size: int, mtime_ns: int) -> Archive:
-    del size, mtime_ns  # they are part of the cache's key only
-    kind = kind_of_file(path)
+def _directory(path: str, size: int, mtime_ns: int) -> Archive:
+    kind = _kind(path, size, mtime_ns)
     if kind == "tar":
         return TarArchive(path)
     if kind == "zip":
         return ZipArchive(path)
-    if kind in ("arrow", "parquet"):
-        from lapilli.data.tables import open_table
-
-        return open_table(path)
     raise DataError(
         f"{path}: is a file, and not one that pictures are read from (tar, zip, Arrow or Parquet); "
         "a compressed tar file must be decompressed first"

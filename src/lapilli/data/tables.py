@@ -1,8 +1,8 @@
 """Arrow and Parquet files as archives of pictures: a cell is addressed as `ROW/COLUMN`, then index or field names.
 
-Arrow files are mapped into memory and cost nothing until a cell is read. Parquet is read a row group at a time, of
-which the last one stays in memory. Every batch is validated before anything in it is touched, since Arrow trusts the
-offsets that a file states.
+Arrow files are mapped into memory and cost nothing until a cell is read. Parquet is read a row group at a time, so
+pictures in it are slow to read in another order than theirs. Every batch is validated before anything in it is touched,
+since Arrow trusts the offsets that a file states.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib.util
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
     import pyarrow
 
 _PARQUET = b"PAR1"
+KEPT_ROW_GROUPS = 2
+"""Decoded row groups that a process keeps, whatever the number of files: each may hold hundreds of pictures."""
 
 
 def open_table(path: str) -> ArrowTable | ParquetTable:
     """The table in an Arrow (file or stream) or Parquet file. Raises DataError if it is damaged."""
     if importlib.util.find_spec("pyarrow") is None:
-        raise DataError(f"{path}: reading Arrow and Parquet files needs pyarrow: pip install pyarrow")
+        raise DataError(f"{path}: reading Arrow and Parquet files needs pyarrow: pip install 'lapilli[data]'")
     with table_faults(path), open(path, "rb") as stream:
         parquet = stream.read(4) == _PARQUET
     return ParquetTable(path) if parquet else ArrowTable(path)
@@ -128,7 +131,6 @@ class ParquetTable:
             groups = range(self.file.num_row_groups)
             rows = [self.file.metadata.row_group(i).num_rows for i in groups]
         self._starts = [0, *accumulate(rows)]
-        self._kept: tuple[tuple[int, str], Any] | None = None
 
     def size(self, member: str) -> int:
         return _buffer_size(self._cell(member))
@@ -139,14 +141,17 @@ class ParquetTable:
     def _cell(self, member: str) -> Any:
         row, column, steps = _address(self.path, member, self._starts[-1], self.schema)
         group = bisect_right(self._starts, row) - 1
-        if self._kept is None or self._kept[0] != (group, column):
-            with table_faults(self.path):
-                table = self.file.read_row_group(group, columns=[column], use_threads=False)
-                table.validate(full=True)
-            self._kept = ((group, column), table.column(0))
         with table_faults(self.path):
-            value = self._kept[1][row - self._starts[group]]
+            value = _row_group(self, group, column)[row - self._starts[group]]
         return _leaf(self.path, member, value, steps)
+
+
+@lru_cache(KEPT_ROW_GROUPS)
+def _row_group(table: ParquetTable, group: int, column: str) -> pyarrow.ChunkedArray:
+    """One column of one row group, decoded and validated."""
+    rows = table.file.read_row_group(group, columns=[column], use_threads=False)
+    rows.validate(full=True)
+    return rows.column(0)
 
 
 def _readable(schema: pyarrow.Schema) -> pyarrow.Schema:

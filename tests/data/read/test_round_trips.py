@@ -87,7 +87,9 @@ def write_lines(root):
 def write_openai(root):
     write_folder(root)
     image = lambda w: {"type": "image_url", "image_url": {"url": f"p/{w}.png"}}  # noqa: E731
-    (root / "d").write_text(json.dumps([openai(t, image) for t in TALKS]))
+    pa = pytest.importorskip("pyarrow")
+    with pa.CompressedOutputStream(str(root / "d"), "zstd") as stream:
+        stream.write(json.dumps([openai(t, image) for t in TALKS]).encode())
     return root / "d", root
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import importlib.util
 import json
 import os
 import stat
@@ -171,6 +172,8 @@ def _opened(path: str | Path) -> Iterator[_Source]:
             with gzip.GzipFile(fileobj=stream) as plain:
                 yield _Source(path, plain)  # type: ignore[arg-type]
         elif head == _MAGIC_ZSTD:
+            if importlib.util.find_spec("pyarrow") is None:
+                raise DataError(f"{path}: reading zstd files needs pyarrow: pip install 'lapilli[data]'; or unpack it")
             import pyarrow
 
             with pyarrow.CompressedInputStream(stream, "zstd") as plain:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 BATCH_ROWS = 500
+PICTURE_ROWS = 20
+"""Rows read at a time where their pictures are read with them."""
 _TURNS = ("conversations", "messages", "texts")
 """Fields that hold turns; they may be JSON text, or, as older `datasets` store them, an object of lists."""
 
@@ -87,7 +89,8 @@ def _batches(table: ArrowTable | ParquetTable, unread: frozenset[str]) -> Iterat
     with table_faults(table.path):
         leaves = [table.file.schema.column(i).path for i in range(len(table.file.schema))]
         wanted = [leaf for leaf in leaves if not (leaf.split(".")[0] in unread and leaf.endswith(".bytes"))]
-        for batch in table.file.iter_batches(BATCH_ROWS, columns=wanted, use_threads=False):
+        heavy = any(_holds_bytes(field.type) and field.name not in unread for field in table.schema)
+        for batch in table.file.iter_batches(PICTURE_ROWS if heavy else BATCH_ROWS, columns=wanted, use_threads=False):
             batch.validate(full=True)
             yield batch
 
@@ -105,7 +108,7 @@ def _unread_bytes(table: ParquetTable) -> frozenset[str]:
         both = {leaf.rpartition(".")[2] for leaf in of_column} == {"bytes", "path"} and len(of_column) == 2
         if both and _is_picture(field.type):
             with table_faults(table.path):
-                batch = next(table.file.iter_batches(BATCH_ROWS, columns=of_column, use_threads=False), None)
+                batch = next(table.file.iter_batches(PICTURE_ROWS, columns=of_column, use_threads=False), None)
                 if batch is not None:
                     batch.validate(full=True)
                     if all(_has_bytes(value) for value in batch.column(0)):
