@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 
 from lapilli.base.errors import DataError
+from lapilli.data.check import index
 from lapilli.data.picture import image_size, open_image
 from lapilli.data.read.open import expand, open_source
 from lapilli.data.sample import Image, Text
@@ -230,6 +231,15 @@ def test_round_trip(write, tmp_path):
     assert open_image(samples[2].images[0], reader.images).getpixel((0, 0)) == (7, 0, 0)
     assert len({sample.id for sample in samples}) == len(samples)
     assert all(sample.where.startswith(tuple(reader.files)) for sample in samples)
+
+
+@pytest.mark.parametrize("write", [write_lines, write_one_shard, write_parquet, write_dataset])
+def test_forked_workers_check_pictures_inside_other_files(write, tmp_path, make_encoder, make_spec):
+    path, images = write(tmp_path)
+    source = Source(path=str(path), images=None if images is None else str(images))
+    corpus = index([source], make_encoder(), make_spec(), workers=2)
+    assert [corpus.index.image_sizes(i) for i in range(3)] == [[(w, 3) for w in widths(talk)] for talk in TALKS]
+    assert open_image(corpus.samples[0].sample.images[1], corpus.samples[0].root).size == (6, 3)
 
 
 def test_captions_in_shards(tmp_path):
