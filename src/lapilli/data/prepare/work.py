@@ -6,6 +6,7 @@ the same bytes, and a shard that is there need not be made again.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -91,6 +92,11 @@ def part_path(out: Path, number: int) -> Path:
 
 def make_shard(job: Job, number: int, records: Sequence[tuple[int, RawRecord]]) -> Part:
     """Encode these records, each with the number of its source, write their shard and say what came of them."""
+    with _collector_paused():
+        return _make_shard(job, number, records)
+
+
+def _make_shard(job: Job, number: int, records: Sequence[tuple[int, RawRecord]]) -> Part:
     statistics = Statistics(records=len(records))
     quarantine: list[dict[str, Any]] = []
     examples: list[Example] = []
@@ -195,6 +201,21 @@ def _provenance(job: Job) -> dict[str, Any]:
         for source in job.settings["sources"]
     ]
     return {**job.settings, "sources": sources}
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pause Python's cycle collector, which takes a third of the time here and, among tuples of numbers, finds nothing.
+
+    A shard is small, and what it leaves is collected after it.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextmanager
