@@ -36,6 +36,10 @@ def prepare(
         bool, typer.Option("--embed-images", help="Put the picture files inside, as they are.")
     ] = False,
     processes: Annotated[int | None, typer.Option(min=1, help="Default: one per core.")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: the workers of a Ray cluster.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="The Ray cluster's, such as `auto`. Default: one is started here for the while.")
+    ] = None,
     shard_records: Annotated[int | None, typer.Option(min=1, help="Records per file. Default: 4096.")] = None,
     max_bad: Annotated[
         float | None, typer.Option(min=0, max=1, help="Exit status 1 if a larger share of the records is bad.")
@@ -50,16 +54,19 @@ def prepare(
         ("--placement", placement, ("keep", "front")),
         ("--too-long", too_long, ("error", "drop", "truncate_turns")),
         ("--layout", layout, ("ours", "cerebras")),
+        ("--engine", engine, ("local", "ray")),
     ):
         if value not in known:
             raise RecipeError(unknown(name, value, known))
+    if address is not None and engine != "ray":
+        raise RecipeError("--address belongs to --engine ray")
     read = _sources(sources, images or [])
     encoder, spec = _encoder_and_spec(model, template, max_length, too_long)
 
     from lapilli.data.image import ImageLimits
     from lapilli.data.prepare.job import prepare as run
 
-    settings: dict[str, Any] = {"placement": placement, "layout": layout}
+    settings: dict[str, Any] = {"placement": placement, "layout": layout, "engine": engine, "address": address}
     outcome = run(
         read,
         encoder,

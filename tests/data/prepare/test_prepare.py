@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lapilli.base.errors import DataError
+from lapilli.base.errors import DataError, RunError
 from lapilli.data.image import image_size
 from lapilli.data.picture import open_image
 from lapilli.data.prepare.batch import BatchEncoder
@@ -109,7 +109,7 @@ def test_takes_up_what_a_kill_left(world, make_encoder, make_spec, tmp_path, opt
     prepare([world], encoder, make_spec(), tmp_path / "whole", **options)
 
     def killed_at(number):
-        from lapilli.data.prepare import job, work
+        from lapilli.data.prepare import engine, work
 
         made = work.make_shard
 
@@ -119,7 +119,7 @@ def test_takes_up_what_a_kill_left(world, make_encoder, make_spec, tmp_path, opt
                 os.kill(os.getpid(), signal.SIGKILL)
             return made(this, k, records)
 
-        job.make_shard = make
+        engine.make_shard = make
         prepare([world], encoder, make_spec(), out, **options)
 
     child = multiprocessing.get_context("fork").Process(target=killed_at, args=(3,))
@@ -301,3 +301,16 @@ def test_weights_are_held(make_encoder, tmp_path):
     ours.write_shard(tmp_path / "s.h5", Rows(wanted), Facts.of(encoder).as_json())
     shard = ours.Shard(tmp_path / "s.h5", encoder.image_token_id)
     assert_same([shard.example(0), shard.example(1)], wanted)
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_writes_the_same_bytes(world, make_encoder, make_spec, tmp_path, options):
+    """Two real workers of a cluster that is started for the while."""
+    prepare([world], make_encoder(), make_spec(), tmp_path / "local", **options)
+    prepare([world], make_encoder(), make_spec(), tmp_path / "ray", engine="ray", processes=2, **options)
+    assert files(tmp_path / "ray") == files(tmp_path / "local")
+
+
+def test_a_cluster_that_is_not_there_is_said(world, make_encoder, make_spec, tmp_path, options):
+    with pytest.raises(RunError, match=r"--address 127\.0\.0\.1:1: no Ray cluster answers there"):
+        prepare([world], make_encoder(), make_spec(), tmp_path / "ray", engine="ray", address="127.0.0.1:1", **options)

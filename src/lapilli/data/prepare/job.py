@@ -9,15 +9,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import multiprocessing
-import os
 import shutil
-import threading
-import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -31,10 +24,11 @@ from lapilli.base.version import VERSION
 from lapilli.data.encode import Encoder
 from lapilli.data.image import ImageLimits, ImageSpec
 from lapilli.data.prepare import cerebras, params
+from lapilli.data.prepare.engine import Engine, make_parts
 from lapilli.data.prepare.facts import Facts
 from lapilli.data.prepare.params import Statistics
 from lapilli.data.prepare.pictures import PictureRoot
-from lapilli.data.prepare.work import UNFINISHED, Job, Layout, Part, make_shard
+from lapilli.data.prepare.work import UNFINISHED, Job, Layout, Part
 from lapilli.data.read.open import open_source
 from lapilli.data.read.record import Placement, RawRecord, Reader
 from lapilli.recipe.schema import Source
@@ -43,8 +37,6 @@ QUARANTINE = "quarantine.jsonl"
 SHARD_RECORDS = 4096
 EMBEDDED_SHARD_RECORDS = 512
 """With pictures inside, a shard of 4,096 records would be hundreds of megabytes."""
-PARENT_SECONDS = 0.5
-"""How often a worker looks whether its parent still lives."""
 SHOWN = 3
 """Records that the error spells out where all are bad."""
 
@@ -72,14 +64,17 @@ def prepare(
     max_images: int = 1,
     embed_images: bool = False,
     shard_records: int | None = None,
+    engine: Engine = "local",
     processes: int = 1,
+    address: str | None = None,
     stream: TextIO | None = None,
 ) -> Outcome:
     """Tokenise every record of `sources` once and write the folder `out`; what a kill left there is gone on with.
 
     `max_images` and the encoder's `max_length` are the fixed sizes of the cerebras layout. Records that can't be used
-    go to `quarantine.jsonl`, each with its reason. `processes` share the work and change nothing in the files.
-    Raises DataError if a source can't be read, nothing is left, or `out` holds something else.
+    go to `quarantine.jsonl`, each with its reason. `engine`, `processes` and `address` say who does the work
+    (see `make_parts`) and change nothing in the files. Raises DataError if a source can't be read, nothing is left, or
+    `out` holds something else.
     """
     out, embedded = Path(out), SHARD_RECORDS if not embed_images else EMBEDDED_SHARD_RECORDS
     shard_records = embedded if shard_records is None else shard_records
@@ -100,7 +95,8 @@ def prepare(
         readers, encoder, spec, placement, limits or ImageLimits(), out, layout, shape, pictures, settings
     )  # fmt: skip
     with _claimed(out, {**settings, "facts": Facts.of(encoder).as_json()}):
-        parts, kept = _make_all(job, shard_records, processes, stream)
+        made = make_parts(job, _chunks(job, shard_records), engine, processes, address)
+        parts, kept = _make_all(made, stream)
         return _finish(job, parts, kept)
 
 
@@ -190,12 +186,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _make_all(job: Job, shard_records: int, processes: int, stream: TextIO | None) -> tuple[list[Part], int]:
+def _make_all(made: Iterator[tuple[Part, bool]], stream: TextIO | None) -> tuple[list[Part], int]:
     """Every shard in order, and how many of them were there already."""
     parts: list[Part] = []
     kept = bad = 0
     with Progress("preparing data", stream=stream) as progress:
-        for part, was_there in _parts(job, shard_records, processes):
+        for part, was_there in made:
             parts.append(part)
             kept += was_there
             bad += part.statistics.bad
@@ -204,56 +200,10 @@ def _make_all(job: Job, shard_records: int, processes: int, stream: TextIO | Non
     return parts, kept
 
 
-def _parts(job: Job, shard_records: int, processes: int) -> Iterator[tuple[Part, bool]]:
+def _chunks(job: Job, shard_records: int) -> Iterator[tuple[int, list[tuple[int, RawRecord]]]]:
+    """The records of each shard, each with the number of its source, and the shard's number."""
     records = ((i, raw) for i, reader in enumerate(job.readers) for raw in reader.records())
-    chunks = enumerate(iter(lambda: list(islice(records, shard_records)), []))
-    if processes < 2:
-        for number, chunk in chunks:
-            done = Part.load(job.out, number)
-            yield (make_shard(job, number, chunk), False) if done is None else (done, True)
-        return
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, context, _Worker.start, (job, os.getpid())) as pool:
-        waiting: deque[Future[Part] | Part] = deque()
-        try:
-            for number, chunk in chunks:
-                waiting.append(Part.load(job.out, number) or pool.submit(_Worker.make, number, chunk))
-                if len(waiting) > 2 * processes:  # so that memory does not grow with the file
-                    yield _result(waiting.popleft())
-            while waiting:
-                yield _result(waiting.popleft())
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a process that prepared the data was killed, probably for want of memory; start again with fewer "
-                "--processes: what is finished is kept"
-            ) from error
-
-
-def _result(waiting: Future[Part] | Part) -> tuple[Part, bool]:
-    return (waiting, True) if isinstance(waiting, Part) else (waiting.result(), False)
-
-
-class _Worker:
-    """What a forked process inherits."""
-
-    job: Job
-
-    @classmethod
-    def start(cls, job: Job, parent: int) -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        cls.job = job
-        threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
-
-    @classmethod
-    def make(cls, number: int, records: Sequence[tuple[int, RawRecord]]) -> Part:
-        return make_shard(cls.job, number, records)
-
-
-def _end_with_parent(parent: int) -> None:
-    """End this worker when the process that started it is gone: a killed one leaves its workers waiting for ever."""
-    while os.getppid() == parent:
-        time.sleep(PARENT_SECONDS)
-    os._exit(1)
+    return enumerate(iter(lambda: list(islice(records, shard_records)), []))
 
 
 def _nothing_left(total: Statistics, entries: Sequence[Mapping[str, Any]]) -> str:
