@@ -201,3 +201,26 @@ def test_a_row_it_cannot_hold_is_named(make, tmp_path):
     assert reasons["three-images"].startswith("3 pictures, but every row of the cerebras layout has 2")
     assert "whole loss weights only" in reasons["weights-integer-and-fraction"]
     assert not list((tmp_path / "out").glob(f"*{cerebras.ROWS}.h5"))
+
+
+@pytest.mark.parametrize("layout", ["ours", "cerebras"])
+def test_damaged_bytes_end_in_a_message(make, tmp_path, layout):
+    """Bytes changed anywhere in a shard: rows read, or a DataError; never another exception."""
+    source = Source(path=str(RUNS / "sda_chat/records.jsonl"), images=str(RUNS / "images"))
+    encoder = make("sda_chat", max_length=256)
+    out = tmp_path / "out"
+    prepare([source], encoder, ImageSpec(size=(56, 56)), out, layout=layout, max_images=3)
+    (shard,) = out.glob("*.h5")
+    whole, rng = shard.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        at = int(rng.integers(0, min(len(whole), 12_000)))
+        damaged[at : at + 4] = rng.bytes(4)[: len(damaged) - at]
+        shard.write_bytes(damaged)
+        try:
+            list(PreparedStore(out, encoder))
+        except DataError as error:
+            assert shard.name in str(error) or "output_chunk" in str(error)  # noqa: PT017
+            refused += 1
+    assert refused > 20

@@ -18,7 +18,7 @@ import numpy as np
 
 from lapilli.base.errors import DataError
 from lapilli.data.prepare.rows import Rows
-from lapilli.data.prepare.table import Table, write_table
+from lapilli.data.prepare.table import BROKEN, Table, write_table
 from lapilli.data.sample import IGNORE, Example, Image, ImageSlot
 
 DATASETS = ("data", "has_img", "img_data_loc", "img_path")
@@ -122,12 +122,13 @@ class Shard:
             file: Any = h5py.File(path, "r")
             self._data, _, self._places, self._paths = (file[name] for name in DATASETS)
             self._rows = None if rows is None else Table(h5py.File(rows, "r"))
-        except (OSError, KeyError) as error:
+            shape, places, paths = self._data.shape, self._places.shape, self._paths.shape
+        except BROKEN as error:
             raise DataError(f"{path}: not a whole file of the cerebras layout ({error})") from error
-        if self._data.ndim != 3 or self._data.shape[1] != 5 or self._places.shape[:2] != self._paths.shape:
+        if len(shape) != 3 or shape[1] != 5 or len(places) != 3 or places[:2] != paths or paths[:1] != shape[:1]:
             raise DataError(
-                f"{path}: `data` has shape {self._data.shape}, not (rows, 5, length); this is Cerebras' layout for "
-                "text alone or for sequence packing, or damaged"
+                f"{path}: `data` has shape {shape} and `img_data_loc` {places}, not (rows, 5, length) and (rows, "
+                "pictures, patches); this is Cerebras' layout for text alone or for sequence packing, or damaged"
             )
 
     def __len__(self) -> int:
@@ -143,6 +144,12 @@ class Shard:
         """Lengths and counts of the rows, (n,) each; without the file beside it every row is read for them."""
         if self._rows is not None:
             return Counts(self._rows.lengths, self._rows.supervised, self._rows.pictures, self._rows.image_size)
+        try:
+            return self._scanned()
+        except BROKEN as error:
+            raise DataError(f"{self.path}: can't be read ({error}); the file is damaged") from error
+
+    def _scanned(self) -> Counts:
         found = []
         for start in range(0, len(self), _SCANNED_ROWS):
             rows, places = self._data[start : start + _SCANNED_ROWS], self._places[start : start + _SCANNED_ROWS]
@@ -158,6 +165,12 @@ class Shard:
         Raises DataError if lapilli has no such Example: attention masked within the text, patches apart.
         """
         where = f"{self.path}: row {row}"
+        try:
+            return self._example(row, where)
+        except BROKEN as error:
+            raise DataError(f"{where}: can't be read ({error}); the file is damaged") from error
+
+    def _example(self, row: int, where: str) -> Example:
         data, places = self._data[row], self._places[row]
         n = int((data[3] == 0).sum())
         if n == 0 or data[3, :n].any():

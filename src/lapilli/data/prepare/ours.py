@@ -16,7 +16,7 @@ import numpy as np
 
 from lapilli.base.errors import DataError
 from lapilli.data.prepare.rows import Rows
-from lapilli.data.prepare.table import Table, Texts, ends_of, span, write_array, write_table, write_texts
+from lapilli.data.prepare.table import BROKEN, Table, Texts, ends_of, span, write_array, write_table, write_texts
 from lapilli.data.sample import IGNORE, Example, Image, ImageSlot
 
 FORMAT = "lapilli-prepared"
@@ -58,7 +58,7 @@ class Shard:
             self._keys = Texts(file, "image_key")
             self._ids, self._learnt = file["input_ids"], file["supervised"]
             self._weights, self._bytes = file.get("weights"), file["image_bytes"]
-        except (OSError, KeyError) as error:
+        except BROKEN as error:
             raise DataError(f"{path}: not a whole shard of prepared data ({error}); prepare it again") from error
 
     def __len__(self) -> int:
@@ -66,6 +66,12 @@ class Shard:
 
     def example(self, row: int) -> Example:
         """Row `row` as it was encoded. Raises DataError if the shard is damaged."""
+        try:
+            return self._example(row)
+        except BROKEN as error:
+            raise DataError(f"{self.path}: row {row} can't be read ({error}); prepare it again") from error
+
+    def _example(self, row: int) -> Example:
         table, at = self.table, span(self._token_ends, row)
         slots = [self._slot(i) for i in table.images(row)]
         length = int(table.lengths[row])
@@ -74,11 +80,8 @@ class Shard:
             text[slot.start : slot.start + slot.tokens] = False
         if int(text.sum()) != len(at):
             raise DataError(f"{self.path}: row {row}: {len(at)} tokens for {int(text.sum())} places; prepare it again")
-        try:
-            ids, learnt = self._ids[at.start : at.stop], self._learnt[at.start : at.stop]
-            weights = None if self._weights is None else self._weights[at.start : at.stop]
-        except OSError as error:
-            raise DataError(f"{self.path}: row {row} can't be read ({error}); prepare it again") from error
+        ids, learnt = self._ids[at.start : at.stop], self._learnt[at.start : at.stop]
+        weights = None if self._weights is None else self._weights[at.start : at.stop]
         input_ids = np.full(length, 0 if self._image_token_id is None else self._image_token_id, dtype=np.int64)
         labels = np.full(length, IGNORE, dtype=np.int64)
         input_ids[text] = ids

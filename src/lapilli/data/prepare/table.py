@@ -16,6 +16,11 @@ from lapilli.data.prepare.rows import Rows
 CHUNK = 8192
 """Elements per HDF5 chunk: small, because one row is read at a time, in random order."""
 
+BROKEN = (
+    OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError, OverflowError, MemoryError
+)  # fmt: skip
+"""What HDF5 and NumPy raise on damaged files; nothing but reading one runs where these are caught."""
+
 _TEXT = ("utf-8", "surrogatepass")
 """JSON may escape half a surrogate pair, and a name need not be a valid one."""
 
@@ -56,7 +61,7 @@ class Table:
     """The table of an open HDF5 file; its numbers are read when it is made, its texts one by one.
 
     `lengths` and `supervised` (n,) int32; `image_ends` (n,) int64; `image_start` and `image_tokens` (m,) int32 and
-    `image_size` (m, 2) int32 (width, height) for all pictures of all rows. Raises KeyError or OSError if damaged.
+    `image_size` (m, 2) int32 (width, height) for all pictures of all rows. Raises one of BROKEN if damaged.
     """
 
     def __init__(self, group: Any) -> None:
@@ -67,6 +72,10 @@ class Table:
         self.image_tokens: np.ndarray = group["image_tokens"][()]
         self.image_size: np.ndarray = group["image_size"][()]
         self.id, self.where = Texts(group, "id"), Texts(group, "where")
+        rows, images = {len(self.lengths), len(self.supervised), len(self.image_ends)}, int(self.image_ends[-1])
+        shapes = {len(self.image_start), len(self.image_tokens), len(self.image_size)}
+        if len(rows) != 1 or shapes != {images} or self.image_size.shape[1:] != (2,) or (self.pictures < 0).any():
+            raise ValueError("its tables do not fit each other")
 
     @property
     def pictures(self) -> np.ndarray:

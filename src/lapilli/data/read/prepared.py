@@ -19,7 +19,7 @@ import numpy as np
 from lapilli.base.errors import DataError
 from lapilli.data.prepare import cerebras, ours, params
 from lapilli.data.prepare.facts import Facts
-from lapilli.data.prepare.table import ends_of
+from lapilli.data.prepare.table import BROKEN, ends_of
 from lapilli.data.prepare.work import UNFINISHED
 from lapilli.data.sample import Example
 
@@ -202,7 +202,7 @@ def _is_shard(file: Path) -> bool:
     try:
         with h5py.File(file, "r") as opened:
             return opened.attrs.get("format") == ours.FORMAT or all(name in opened for name in cerebras.DATASETS)
-    except OSError as error:
+    except BROKEN as error:
         raise DataError(f"{file}: not a whole HDF5 file ({error}); copy it again") from error
 
 
