@@ -154,10 +154,17 @@ class Fast:
     """Torch's antialiased resize on uint8, several times faster than Pillow's.
 
     Views are (1, 3, H, W) in channels-last order, as the picture lies in memory: in any other torch goes slower ways.
+    They are never written to: the first one may be the picture's own bytes.
     """
 
     def start(self, image: PIL.Image.Image) -> torch.Tensor:
-        return _channels_last(np.array(image))
+        import torch
+
+        array = np.asarray(image)
+        try:
+            return _channels_last(torch.from_dlpack(array))
+        except (BufferError, TypeError):  # a NumPy that does not lend what is read-only
+            return _channels_last(torch.from_numpy(array.copy()))
 
     def resize(self, view: torch.Tensor, size: tuple[int, int], resample: int) -> torch.Tensor:
         from torch.nn import functional
@@ -170,6 +177,8 @@ class Fast:
     def canvas(
         self, view: torch.Tensor, size: tuple[int, int], offset: tuple[int, int], colour: tuple[int, int, int]
     ) -> torch.Tensor:
+        import torch
+
         made = np.empty((size[1], size[0], 3), dtype=np.uint8)
         (left, top), height, width = offset, view.shape[2], view.shape[3]
         rows = made.reshape(size[1], -1)
@@ -178,7 +187,7 @@ class Fast:
         rows[top : top + height, : 3 * left] = row[: 3 * left]
         rows[top : top + height, 3 * (left + width) :] = row[3 * (left + width) :]
         made[top : top + height, left : left + width] = view[0].permute(1, 2, 0).numpy()
-        return _channels_last(made)
+        return _channels_last(torch.from_numpy(made))
 
     def crop(self, view: torch.Tensor, offset: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
         left, top = offset
@@ -197,21 +206,23 @@ class Fast:
             narrow = self.resize(view, (across, frame.height), resample)
             strip = self.canvas(narrow, (across, read), (0, top - span.read_from), colour)
             made = self.resize(strip, (across, read * down // frame.edge), resample)
+            if read == frame.edge:
+                return made
             begin = span.read_from * down // frame.edge
             middle = made[:, :, span.out_from - begin : span.out_to - begin]
-            return middle if middle.shape[2] == down else self.canvas(middle, size, (0, span.out_from), colour)
+            return self.canvas(middle, size, (0, span.out_from), colour)
         strip = self.canvas(view, (read, frame.edge), (left - span.read_from, 0), colour)
         made = self.resize(strip, (read * across // frame.edge, down), resample)
+        if read == frame.edge:
+            return made
         begin = span.read_from * across // frame.edge
         middle = made[..., span.out_from - begin : span.out_to - begin]
-        return middle if middle.shape[3] == across else self.canvas(middle, size, (span.out_from, 0), colour)
+        return self.canvas(middle, size, (span.out_from, 0), colour)
 
     def finish(self, view: torch.Tensor) -> torch.Tensor:
         return view[0]
 
 
-def _channels_last(array: np.ndarray) -> torch.Tensor:
+def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
     """(H, W, 3) as (1, 3, H, W) without a copy, with the first stride that torch recognises the order by."""
-    import torch
-
-    return torch.from_numpy(array).view(1, *array.shape).permute(0, 3, 1, 2)
+    return tensor.view(1, *tensor.shape).permute(0, 3, 1, 2)
