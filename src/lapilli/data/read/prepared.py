@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 OPEN_SHARDS = 64
 """Shards that a process keeps open; of more, the one that was used longest ago is closed."""
 
+LOOKED_AT = 256
+"""Files of a folder, in order of name, among which its first HDF5 file stands if it is prepared data."""
+
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
@@ -37,7 +41,8 @@ def is_prepared(path: str | Path) -> bool:
     folder = Path(path)
     if not folder.is_dir():
         return False
-    return (folder / UNFINISHED).is_dir() or any(_is_shard(file) for file in _hdf5_files(folder)[:1])
+    first = next(islice(_hdf5_files(folder, LOOKED_AT), 1), None)
+    return (folder / UNFINISHED).is_dir() or (first is not None and _is_shard(first))
 
 
 class PreparedStore(Sequence[Example]):
@@ -152,6 +157,8 @@ def _about(folder: Path) -> dict[str, Any]:
         return _foreign(folder)
     try:
         own = said["lapilli"]
+        if own["layout"] not in ("ours", "cerebras"):
+            raise KeyError(own["layout"])
         facts = Facts.from_json(own["facts"], str(folder / params.FILE))
         files, rows = [folder / s["file"] for s in own["shards"]], [s["rows"] for s in own["shards"]]
         for file, shard in zip(files, own["shards"], strict=True):
@@ -165,7 +172,7 @@ def _about(folder: Path) -> dict[str, Any]:
 
 
 def _foreign(folder: Path) -> dict[str, Any]:
-    files = _hdf5_files(folder)
+    files = list(_hdf5_files(folder))
     foreign = [file for file in files if not _is_shard(file)]
     if not files or foreign:
         what = f"{foreign[0].name} is neither lapilli's nor Cerebras' layout" if files else "no HDF5 files"
@@ -185,15 +192,13 @@ def _read_params(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _hdf5_files(folder: Path) -> list[Path]:
+def _hdf5_files(folder: Path, looked_at: int | None = None) -> Iterator[Path]:
     """Data files of a folder in order of name: Cerebras' order, which numbers without leading zeros."""
-    files = []
-    for file in sorted(folder.iterdir()):
+    for file in sorted(folder.iterdir())[:looked_at]:
         if file.suffix != cerebras.ROWS and file.is_file():
             with open(file, "rb") as stream:
                 if stream.read(len(_HDF5)) == _HDF5:
-                    files.append(file)
-    return files
+                    yield file
 
 
 def _is_shard(file: Path) -> bool:
