@@ -89,7 +89,10 @@ def test_bad_data_of_a_later_stage_is_told_before_the_first_one_trains(recipe, t
         ("stages.tune.train.freeze=['.*']", "stage tune: train.freeze: .* freezes every parameter"),
         ("stages.tune.train.lora={target_modules: [q_prj]}", 'did you mean "q_proj"'),
         ("stages.tune.data.template=vicuna", 'data.template: unknown template "vicuna"'),
-        ("data.validation=nowhere.json", r"stage align: data.validation: .*: no such file or folder\nstage tune: .*no such file"),
+        (
+            "data.validation=nowhere.json",
+            r"stage align: data.validation: .*: no such file or folder\nstage tune: .*no such file",
+        ),
     ],
 )
 def test_what_cannot_work_in_a_later_stage_is_told_before_the_first_one_trains(recipe, tmp_path, override, message):

@@ -7,6 +7,7 @@ sources and output folder must lie where every node sees them under the same pat
 from __future__ import annotations
 
 import importlib.util
+import logging
 import multiprocessing
 import os
 import socket
@@ -106,10 +107,10 @@ def _ray(job: Job, processes: int, address: str | None) -> Iterator[Submit]:
 
     try:
         if address is None:
-            ray.init(num_cpus=processes, include_dashboard=False, log_to_driver=False, logging_level="error")
+            ray.init(num_cpus=processes, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         else:
             _refuse_silence(address)
-            ray.init(address=address, log_to_driver=False, logging_level="error")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         raise RunError(f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})") from error
     try:
