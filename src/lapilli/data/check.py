@@ -8,13 +8,9 @@ lacks its end.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import tempfile
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -35,6 +31,7 @@ from lapilli.data.read.record import Placement, RawRecord, Reader
 from lapilli.data.sample import Image, Sample
 from lapilli.data.stamp import DataIndex, Note, index_folder, kind_of, make_stamp
 from lapilli.data.store import SampleStore, StoreWriter, encode
+from lapilli.data.workers import shared
 from lapilli.recipe.schema import Source
 from lapilli.recipe.subset import parse_subset
 
@@ -178,7 +175,7 @@ def _check_all(
     """Check every record; usable Samples go into `folder` as they come."""
     found = _Found()
     with Progress("checking data", stream=stream) as progress, StoreWriter(folder) as store:
-        for part in _parts(_chunks(sources, settings.readers), settings, workers):
+        for part in shared(_check_chunk, settings, _chunks(sources, settings.readers), workers, "try data.workers: 0"):
             for blob, source in zip(part.blobs, part.sources, strict=True):
                 store.append(blob, source)
             found.extend(part)
@@ -214,45 +211,7 @@ def _bounds(source: Source, reader: Reader) -> tuple[int, int | None]:
     return subset.bounds(sum(1 for _ in reader.records()))
 
 
-def _parts(chunks: Iterator[list[Record]], settings: _Settings, workers: int) -> Iterator[_Found]:
-    """Each chunk's findings, in order, from this process or from `workers` forked ones."""
-    if workers < 2:
-        for chunk in chunks:
-            yield _check_chunk(chunk, settings)
-        return
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, context, _Worker.start, (settings,)) as pool:
-        waiting: deque[Future[_Found]] = deque()
-        try:
-            for chunk in chunks:
-                waiting.append(pool.submit(_Worker.check, chunk))
-                # Read no further ahead than keeps the workers busy, so that memory does not grow with the file.
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a process that checked the data was killed, probably for want of memory; try data.workers: 0"
-            ) from error
-
-
-class _Worker:
-    """What a forked process inherits."""
-
-    settings: _Settings
-
-    @classmethod
-    def start(cls, settings: _Settings) -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        cls.settings = settings
-
-    @classmethod
-    def check(cls, chunk: Sequence[Record]) -> _Found:
-        return _check_chunk(chunk, cls.settings)
-
-
-def _check_chunk(chunk: Sequence[Record], settings: _Settings) -> _Found:
+def _check_chunk(settings: _Settings, chunk: Sequence[Record]) -> _Found:
     found = _Found(records=len(chunk))
     for number, source, raw in chunk:
         try:

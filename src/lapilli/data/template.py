@@ -346,7 +346,7 @@ def _joined(pieces: Iterable[Piece]) -> list[Piece]:
                 continue
             last = out[-1] if out else None
             if isinstance(last, Span) and (last.supervised, last.weight) == (piece.supervised, piece.weight):
-                out[-1] = replace(last, text=last.text + piece.text)
+                out[-1] = Span(last.text + piece.text, last.supervised, last.weight)
                 continue
         out.append(piece)
     return out

@@ -6,13 +6,9 @@ picture's ends says that two may be equal, the whole files are compared.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
@@ -26,6 +22,7 @@ from lapilli.data.image import ImageLimits, ImageSpec
 from lapilli.data.read.open import open_source
 from lapilli.data.read.record import Placement, Reader, printable
 from lapilli.data.sample import Image
+from lapilli.data.workers import shared
 from lapilli.recipe.schema import Source
 
 if TYPE_CHECKING:
@@ -112,41 +109,8 @@ def _shared(
     """What `work` makes of chunks of `items`, in order, here or in `workers` forked processes."""
     rest = iter(items)
     chunks = iter(lambda: list(islice(rest, size)), [])
-    if workers < 2:
-        examiner = Examiner(settings)
-        for chunk in chunks:
-            yield work(examiner, chunk)
-        return
-    context = multiprocessing.get_context("fork")
-    waiting: deque[tuple[Sequence[T], Future[R]]] = deque()
-    with ProcessPoolExecutor(workers, context, _Worker.start, (settings,)) as pool:
-        try:
-            for chunk in chunks:
-                waiting.append((chunk, pool.submit(_Worker.run, work, chunk)))
-                if len(waiting) > 3 * workers:
-                    yield waiting.popleft()[1].result()
-            while waiting:
-                yield waiting.popleft()[1].result()
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a process that checked the data was killed, probably for want of memory; try --workers 1, which also "
-                "shows the record at which it happens"
-            ) from error
-
-
-class _Worker:
-    """What a forked process inherits: readers and encoder need not be sent to it."""
-
-    examiner: Examiner
-
-    @classmethod
-    def start(cls, settings: Settings) -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        cls.examiner = Examiner(settings)
-
-    @classmethod
-    def run(cls, work: Callable[[Examiner, Sequence[Any]], R], chunk: Sequence[Any]) -> R:
-        return work(cls.examiner, chunk)
+    remedy = "try --workers 1, which also shows the record at which it happens"
+    return shared(work, Examiner(settings), chunks, workers, remedy)
 
 
 def _examine_chunk(examiner: Examiner, chunk: Sequence[Numbered]) -> Found:

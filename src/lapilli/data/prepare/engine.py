@@ -8,28 +8,22 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import multiprocessing
 import os
 import socket
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, Literal
 
 from lapilli.base.errors import DataError, RunError
 from lapilli.data.prepare.work import Job, Part, make_shard
 from lapilli.data.read.record import RawRecord
+from lapilli.data.workers import forked, in_order
 
 Engine = Literal["local", "ray"]
 Records = Sequence[tuple[int, RawRecord]]
 Submit = Callable[[int, Records], Future[Part]]
 
-PARENT_SECONDS = 0.5
-"""How often a worker looks whether its parent still lives."""
 CONNECT_SECONDS = 10.0
 LOST = "start again: what is finished is kept"
 
@@ -49,53 +43,31 @@ def make_parts(
             yield (make_shard(job, number, chunk), False) if done is None else (done, True)
         return
     with _local(job, processes) if engine == "local" else _ray(job, processes, address) as submit:
-        waiting: deque[Future[Part] | Part] = deque()
-        for number, chunk in chunks:
-            waiting.append(Part.load(job.out, number) or submit(number, chunk))
-            if len(waiting) > 2 * processes:  # so that memory does not grow with the file
-                yield _result(waiting.popleft())
-        while waiting:
-            yield _result(waiting.popleft())
+        there: set[int] = set()
 
+        def asked_for() -> Iterator[Future[Part]]:
+            for number, chunk in chunks:
+                done = Part.load(job.out, number)
+                if done is None:
+                    yield submit(number, chunk)
+                    continue
+                there.add(number)
+                future: Future[Part] = Future()
+                future.set_result(done)
+                yield future
 
-def _result(waiting: Future[Part] | Part) -> tuple[Part, bool]:
-    return (waiting, True) if isinstance(waiting, Part) else (waiting.result(), False)
+        for part in in_order(asked_for(), 2 * processes):
+            yield part, part.number in there
 
 
 @contextmanager
 def _local(job: Job, processes: int) -> Iterator[Submit]:
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, context, _Worker.start, (job, os.getpid())) as pool:
-        try:
-            yield lambda number, records: pool.submit(_Worker.make, number, records)
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a process that prepared the data was killed, probably for want of memory; give fewer --processes and "
-                f"{LOST}"
-            ) from error
+    with forked(job, processes, f"give fewer --processes and {LOST}") as submit:
+        yield lambda number, records: submit(_make_here, (number, records))
 
 
-class _Worker:
-    """What a forked process inherits."""
-
-    job: Job
-
-    @classmethod
-    def start(cls, job: Job, parent: int) -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        cls.job = job
-        threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
-
-    @classmethod
-    def make(cls, number: int, records: Records) -> Part:
-        return make_shard(cls.job, number, records)
-
-
-def _end_with_parent(parent: int) -> None:
-    """End this worker when the process that started it is gone: a killed one leaves its workers waiting for ever."""
-    while os.getppid() == parent:
-        time.sleep(PARENT_SECONDS)
-    os._exit(1)
+def _make_here(job: Job, numbered: tuple[int, Records]) -> Part:
+    return make_shard(job, *numbered)
 
 
 @contextmanager
