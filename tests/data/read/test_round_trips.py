@@ -1,6 +1,7 @@
 """The same conversations written in every format are read back as the same Samples, with the same pictures."""
 
 import gzip
+import importlib
 import io
 import json
 import tarfile
@@ -88,7 +89,7 @@ def write_lines(root):
 def write_openai(root):
     write_folder(root)
     image = lambda w: {"type": "image_url", "image_url": {"url": f"p/{w}.png"}}  # noqa: E731
-    pa = pytest.importorskip("pyarrow")
+    pa = importlib.import_module("pyarrow")
     with pa.CompressedOutputStream(str(root / "d"), "zstd") as stream:
         stream.write(json.dumps([openai(t, image) for t in TALKS]).encode())
     return root / "d", root
@@ -141,7 +142,7 @@ def cells(talk):
 
 
 def write_parquet(root):
-    pa = pytest.importorskip("pyarrow")
+    pa = importlib.import_module("pyarrow")
     from pyarrow import parquet
 
     table = pa.Table.from_pylist([llava(t, images=cells(t), note=None) for t in TALKS])
@@ -150,7 +151,7 @@ def write_parquet(root):
 
 
 def write_parquet_files(root):
-    pa = pytest.importorskip("pyarrow")
+    pa = importlib.import_module("pyarrow")
     from pyarrow import parquet
 
     (root / "data").mkdir()
@@ -163,7 +164,7 @@ def write_parquet_files(root):
 
 
 def write_parquet_paths(root):
-    pa = pytest.importorskip("pyarrow")
+    pa = importlib.import_module("pyarrow")
     from pyarrow import parquet
 
     write_folder(root)
@@ -176,7 +177,7 @@ def write_parquet_paths(root):
 
 
 def write_dataset(root):
-    datasets = pytest.importorskip("datasets")
+    datasets = importlib.import_module("datasets")
     features = datasets.Features(
         {
             "images": datasets.Sequence(datasets.Image()),
@@ -193,7 +194,7 @@ def write_dataset(root):
 
 
 def write_nested_dataset(root):
-    pa = pytest.importorskip("pyarrow")
+    pa = importlib.import_module("pyarrow")
     image = lambda w: {"type": "image", "image": {"bytes": picture(w), "path": None}}  # noqa: E731
     rows = []
     for talk in TALKS:
