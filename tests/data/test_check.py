@@ -123,7 +123,7 @@ def test_a_kept_index_gives_the_same_corpus_without_opening_a_picture(
     options = {"cache": tmp_path / "cache"}
     encoder = make_encoder(max_length=limit, too_long="drop")
     first = run(world, encoder, make_spec(), **options)
-    monkeypatch.setattr(check, "image_size", None)
+    monkeypatch.setattr(check, "usable_size", None)
     second = run(world, encoder, make_spec(), **options)
     assert [p.sample for p in second.samples] == [p.sample for p in first.samples]
     assert second.index.notes == first.index.notes

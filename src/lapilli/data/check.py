@@ -24,11 +24,11 @@ from lapilli.base.errors import DataError
 from lapilli.base.progress import Progress
 from lapilli.data.corpus import Corpus, RecordCorpus, are_prepared, open_prepared
 from lapilli.data.encode import Encoder
-from lapilli.data.image import ImageLimits, ImageSpec, image_size
+from lapilli.data.image import ImageLimits, ImageSpec, usable_size
 from lapilli.data.order import llava_length
 from lapilli.data.read.open import open_source
 from lapilli.data.read.record import Placement, RawRecord, Reader
-from lapilli.data.sample import Image, Sample
+from lapilli.data.sample import Sample
 from lapilli.data.stamp import DataIndex, Note, index_folder, kind_of, make_stamp
 from lapilli.data.store import SampleStore, StoreWriter, encode
 from lapilli.data.workers import shared
@@ -140,11 +140,10 @@ def _kept(folder: Path) -> Iterator[Path]:
     try:
         with atomic_folder(folder, replace=True) as draft:
             yield draft
-    except BaseException:
-        for parent in made:
+    finally:
+        for parent in made if not folder.exists() else ():
             with suppress(OSError):  # something else has been written there in the meantime
                 parent.rmdir()
-        raise
 
 
 def _open(folder: Path, stamp: str, roots: Sequence[str | None]) -> RecordCorpus:
@@ -229,7 +228,8 @@ def _check_chunk(settings: _Settings, chunk: Sequence[Record]) -> _Found:
 
 def _check_sample(sample: Sample, source: int, settings: _Settings, found: _Found) -> bool:
     """Count one Sample into `found`; False if a policy drops it. Raises DataError."""
-    sizes = [_size(image, source, settings, sample.where) for image in sample.images]
+    root = settings.readers[source].images
+    sizes = [usable_size(image, root, settings.spec, settings.limits, sample.where) for image in sample.images]
     encoded = settings.encoders[source].encode_noted(sample, sizes)
     found.notes += [Note(sample.where, reason) for reason in encoded.notes]
     if encoded.example is None:
@@ -238,15 +238,6 @@ def _check_sample(sample: Sample, source: int, settings: _Settings, found: _Foun
     found.facts.append((example.length, example.supervised, len(sizes), llava_length(sample)))
     found.sizes += sizes
     return True
-
-
-def _size(image: Image, source: int, settings: _Settings, where: str) -> tuple[int, int]:
-    size = image_size(image, settings.readers[source].images, settings.limits, where)
-    try:
-        settings.spec.check_size(*size)
-    except DataError as error:
-        raise DataError(f'{where}: image "{image.path}": {error}') from error
-    return size
 
 
 def _report(problems: Sequence[tuple[str, str]], records: int) -> str:

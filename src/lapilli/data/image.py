@@ -20,9 +20,13 @@ from lapilli.data.picture import ImageLimits, image_size, open_image, to_rgb
 from lapilli.data.pixels import SUPPORT, Exact, Fast, Frame, Pixels
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
-__all__ = ["ImageLimits", "ImageSpec", "image_size", "normalise", "open_image", "to_rgb", "to_tiles"]
+    from lapilli.data.sample import Image
+
+__all__ = ["ImageLimits", "ImageSpec", "image_size", "normalise", "open_image", "to_rgb", "to_tiles", "usable_size"]
 
 MAX_WORKING_PIXELS = 2**28
 """Largest canvas or resized picture made on the way to a tile; 1 x 50,000 pixels padded to a square would be more."""
@@ -133,6 +137,18 @@ class ImageSpec(BaseModel):
                 f"a {width} x {height} picture is too long and thin: image mode {self.mode} would need "
                 f"{need:,} pixels; crop it or leave the record out"
             )
+
+
+def usable_size(
+    image: Image, root: str | Path | None, spec: ImageSpec, limits: ImageLimits, where: str
+) -> tuple[int, int]:
+    """`image_size` of a picture that `spec` can take. Raises DataError as it does, and for one too long and thin."""
+    size = image_size(image, root, limits, where)
+    try:
+        spec.check_size(*size)
+    except DataError as error:
+        raise DataError(f'{where}: image "{image.path}": {error}') from error
+    return size
 
 
 def _required(config: Mapping[str, Any], key: str) -> Any:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from lapilli.base.atomic import write_json
 from lapilli.base.errors import DataError
 from lapilli.data.encode import Encoder
-from lapilli.data.image import ImageLimits, ImageSpec, image_size
+from lapilli.data.image import ImageLimits, ImageSpec, usable_size
 from lapilli.data.prepare import cerebras, ours
 from lapilli.data.prepare.batch import BatchEncoder
 from lapilli.data.prepare.facts import Facts
@@ -141,7 +141,8 @@ def _encoded(
 ) -> Example | DataError | str:
     """The Example of a Sample, or what is wrong with it, or why a policy leaves it out."""
     try:
-        sizes = [_size(job, source, image, sample.where) for image in sample.images]
+        root = job.readers[source].images
+        sizes = [usable_size(image, root, job.spec, job.limits, sample.where) for image in sample.images]
         encoded = encoder.encode_noted(sample, sizes)
         if encoded.example is None:
             return "; ".join(encoded.notes)
@@ -156,15 +157,6 @@ def _encoded(
         return error
     statistics.notes.update(encoded.notes)
     return example
-
-
-def _size(job: Job, source: int, image: Any, where: str) -> tuple[int, int]:
-    size = image_size(image, job.readers[source].images, job.limits, where)
-    try:
-        job.spec.check_size(*size)
-    except DataError as error:
-        raise DataError(f'{where}: image "{image.path}": {error}') from error
-    return size
 
 
 def _entry(raw: RawRecord, reason: str, bad: bool) -> dict[str, Any]:
