@@ -7,6 +7,7 @@ every place a tensor: what is left over or missing is an error that names it.
 import json
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -61,11 +62,19 @@ def check_tensors(folder: Path, part: str, tensors: Mapping[str, torch.Tensor], 
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object. Raises ModelError naming the file."""
     try:
-        made = json.loads(file.read_text(encoding="utf-8"))
+        made = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except (OSError, ValueError) as error:
         raise ModelError(f"{file}: can't be read ({error})") from error
     if not isinstance(made, dict):
         raise ModelError(f"{file}: not a JSON object")
+    return made
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f'"{twice}" stands there twice')
     return made
 
 
@@ -75,16 +84,27 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(first[:5]) + (f" and {len(first) - 5} more" if len(first) > 5 else "")
 
 
-def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+def read_index(index: Path) -> dict[str, set[str]]:
+    """The shards that an index names, in order, with the tensors that it lists for each.
+
+    Raises ModelError if a shard is missing or lies elsewhere, and if a tensor is listed twice.
+    """
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(f, str) and Path(f).name == f for f in names.values()):
         raise ModelError(f"{index}: `weight_map` must name a file of this folder for each tensor")
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(set(names.values())):
+    shards: dict[str, set[str]] = {file: set() for file in sorted(set(names.values()))}
+    for name, file in names.items():
+        shards[file].add(name)
+    for file in shards:
         if not (index.parent / file).is_file():
             raise ModelError(f"{index.parent / file}: this shard is missing; {index.name} lists it")
+    return shards
+
+
+def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for file, listed in read_index(index).items():
         shard = _read_tensors(index.parent / file)
-        listed = {name for name, holder in names.items() if holder == file}
         if listed != set(shard):
             raise ModelError(f"{index.parent / file}: holds other tensors than listed: {some(listed ^ set(shard))}")
         tensors |= shard
@@ -92,16 +112,29 @@ def _read_shards(index: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    if file.suffix != ".safetensors":
+        return map_pickle(file)
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
+        return load_file(file)
+    except _BROKEN as error:
+        raise _broken(file, error) from error
+
+
+def map_pickle(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a pickled weight file, mapped from disk where its format allows.
+
+    Raises ModelError for a broken file, and for one that holds anything but tensors: no code in it ever runs.
+    """
+    try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except UnpicklingError as error:
         raise ModelError(f"{file}: can't be read safely: it holds more than tensors, or is broken") from error
     except _BROKEN as error:
-        raise ModelError(
-            f"{file}: can't be read as weights ({' '.join(str(error).split()) or type(error).__name__})"
-        ) from error
+        raise _broken(file, error) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ModelError(f"{file}: not a table of tensors")
     return tensors
+
+
+def _broken(file: Path, error: Exception) -> ModelError:
+    return ModelError(f"{file}: can't be read as weights ({' '.join(str(error).split()) or type(error).__name__})")
