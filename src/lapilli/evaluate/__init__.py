@@ -1,0 +1,1 @@
+"""The field's benchmarks: questions read, answered, scored, compared and shown."""
