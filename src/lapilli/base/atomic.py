@@ -50,7 +50,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False, marker: bool = Fal
     """
     path = Path(path)
     if not replace:
-        _refuse_taken(path)
+        refuse_taken(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, path.name)
     aside = _aside(path, _TEMPORARY)
@@ -105,7 +105,7 @@ def _refuse_taken(path: Path) -> None:
 
 def _switch(aside: Path, path: Path, replace: bool) -> None:
     if not replace:
-        _refuse_taken(path)
+        refuse_taken(path)
         os.rename(aside, path)
         return
     old = _aside(path, _REPLACED)
