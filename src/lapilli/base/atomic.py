@@ -98,7 +98,9 @@ def remove_leftovers(parent: str | Path, name: str | None = None) -> list[str]:
     return sorted(p.name for p in left)
 
 
-def _refuse_taken(path: Path) -> None:
+def refuse_taken(path: str | Path) -> None:
+    """Raise RunError if something stands at `path`."""
+    path = Path(path)
     if path.exists():
         raise RunError(f"{path}: exists already; choose another name or remove it")
 
