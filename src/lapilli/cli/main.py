@@ -20,6 +20,7 @@ VERBS = {
     "train": ("lapilli.cli.train", "Train a model as a recipe says."),
     "chat": ("lapilli.cli.chat", "Talk with a model about pictures, in the terminal."),
     "data": ("lapilli.cli.data", "Look at data as it will be trained."),
+    "delta": ("lapilli.cli.delta", "Delta weights: make them from two models, or apply them to their base."),
     "quickstart": ("lapilli.cli.quickstart", "Make, train and test a small assistant on real pictures, offline."),
 }
 """Verb: its module, which defines `app`, and its line in the help."""
