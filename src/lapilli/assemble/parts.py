@@ -23,6 +23,7 @@ from transformers import (
 
 from lapilli.base.errors import ModelError
 from lapilli.base.layout import ImageMode
+from lapilli.checkpoint import open_clip
 from lapilli.data.image import ImageSpec
 from lapilli.data.tokenizer import refuse_missing_path
 from lapilli.model.vision import native_size, vision_part
@@ -42,6 +43,8 @@ class ImageSettings:
 def read_config(name_or_path: str, part: str) -> PreTrainedConfig:
     """Read the configuration of a part. Raises ModelError that says what was looked for and where."""
     refuse_missing_path(name_or_path, f"{part} ")
+    if open_clip.is_open_clip(Path(name_or_path)):
+        return open_clip.read_open_clip_config(Path(name_or_path))
     try:
         return AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError) as error:
@@ -52,6 +55,9 @@ def read_config(name_or_path: str, part: str) -> PreTrainedConfig:
 
 def read_image_settings(name_or_path: str, config: PreTrainedConfig, mode: ImageMode, backend: Any) -> ImageSettings:
     """Read what the encoder's own image processor does; an encoder that brings none gets CLIP's normalisation."""
+    if open_clip.is_open_clip(Path(name_or_path)):
+        fields = open_clip.image_fields(Path(name_or_path), mode)
+        return ImageSettings(ImageSpec.from_processor_config(fields, mode, backend), assumed=False)
     try:
         found = AutoImageProcessor.from_pretrained(name_or_path, backend="pil").to_dict()
     except (OSError, ValueError, KeyError):
@@ -62,7 +68,9 @@ def read_image_settings(name_or_path: str, config: PreTrainedConfig, mode: Image
 
 
 def read_vision_encoder(name_or_path: str, dtype: torch.dtype | str) -> PreTrainedModel:
-    """Load a vision encoder; of a dual encoder (CLIP, SigLIP) its vision half."""
+    """Load a vision encoder; of a dual encoder (CLIP, SigLIP, OpenCLIP's folders) its vision half."""
+    if open_clip.is_open_clip(Path(name_or_path)):
+        return open_clip.read_encoder(Path(name_or_path), dtype)
     config = vision_part(read_config(name_or_path, "vision encoder"))
     return _load(AutoModel, name_or_path, "vision encoder", config=config, dtype=dtype)
 
