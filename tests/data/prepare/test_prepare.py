@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from lapilli.base.errors import DataError, RunError
+from lapilli.data.encode import Encoder
 from lapilli.data.image import image_size
 from lapilli.data.picture import open_image
 from lapilli.data.prepare.batch import BatchEncoder
@@ -24,8 +25,10 @@ from lapilli.data.prepare.work import UNFINISHED
 from lapilli.data.read.open import open_source
 from lapilli.data.read.prepared import PreparedStore, is_prepared
 from lapilli.data.sample import Image, Message, Sample, Text
+from lapilli.data.tokenizer import load_tokenizer
 from lapilli.recipe.schema import Source
 
+REFERENCE = Path(__file__).parents[2] / "reference"
 LAYOUTS = ("ours", "cerebras")
 
 
@@ -256,17 +259,25 @@ def test_forked_readers_read_the_same(world, make_encoder, make_spec, tmp_path, 
     assert_same(list(pickle.loads(pickle.dumps(store))), wanted)  # as a spawned worker gets it
 
 
-def test_ahead_of_time_is_the_same(make_encoder):
+@pytest.mark.parametrize("kind", ["letters", "words", "words without BOS"])
+def test_ahead_of_time_is_the_same(make_encoder, kind):
     """The batch's shortcuts against the Encoder itself: weights, pictures, what is refused, cut or not ASCII."""
+    encoder = make_encoder(max_length=210, too_long="truncate_turns")
+    image = "<image>"
+    if kind != "letters":
+        tokenizer, image = load_tokenizer(REFERENCE / "tokenizer"), "<unk>"
+        encoder = Encoder(tokenizer, encoder.template, encoder.layout, image, max_length=150, too_long="truncate_turns")
+        assert encoder.prefix == [tokenizer.bos_token_id]
+        if kind == "words without BOS":
+            encoder.prefix = []
     rng = np.random.default_rng(0)
     samples = []
     for i in range(200):
         parts = [Image("a.png") if rng.random() < 0.3 else Text("wörd "[: rng.integers(0, 6)]) for _ in range(4)]
         weight = rng.choice([None, None, None, 0.0, 0.5, 1.0])
-        answer = (Text("It is ", weight), Text(["so", "<image>", "~", "é", ""][rng.integers(5)]), Text("."))
+        answer = (Text("It is ", weight), Text(["so", image, "~", "é", ""][rng.integers(5)]), Text("."))
         messages = [Message("user", tuple(parts)), Message("assistant", answer, float(rng.integers(0, 5) > 0))]
         samples.append(Sample(str(i), tuple(messages * int(rng.integers(1, 4)))))
-    encoder = make_encoder(max_length=210, too_long="truncate_turns")
     batch = BatchEncoder(encoder)
     batch.read_ahead(samples)
     kinds = set()

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from lapilli.data.prepare.params import Statistics
 from lapilli.data.prepare.pictures import PictureRoot
 from lapilli.data.prepare.rows import Rows
 from lapilli.data.read.record import Placement, RawRecord, Reader
-from lapilli.data.sample import Example, Sample
+from lapilli.data.sample import Example, Sample, Text
 
 Layout = Literal["ours", "cerebras"]
 UNFINISHED = ".unfinished"
@@ -51,6 +52,15 @@ class Job:
     shape: cerebras.Shape | None
     pictures: PictureRoot
     settings: dict[str, Any]
+
+    @cached_property
+    def batches(self) -> BatchEncoder:
+        """The encoder of all shards that one worker makes: what it has learnt of words serves the next."""
+        return BatchEncoder(self.encoder)
+
+    @cached_property
+    def facts(self) -> Facts:
+        return Facts.of(self.encoder)
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,7 @@ def _make_shard(job: Job, number: int, records: Sequence[tuple[int, RawRecord]])
     statistics = Statistics(records=len(records))
     quarantine: list[dict[str, Any]] = []
     examples: list[Example] = []
-    encoder = BatchEncoder(job.encoder)
+    encoder = job.batches
     for start in range(0, len(records), BATCH_RECORDS):
         batch = [(source, raw, _parsed(job, source, raw)) for source, raw in records[start : start + BATCH_RECORDS]]
         encoder.read_ahead(found for _, _, found in batch if isinstance(found, Sample))
@@ -128,7 +138,9 @@ def _parsed(job: Job, source: int, raw: RawRecord) -> Sample | DataError:
     try:
         sample = job.readers[source].parse(raw, job.placement)
         for message in sample.messages:
-            message.text.encode()
+            for part in message.parts:
+                if isinstance(part, Text) and not part.text.isascii():
+                    part.text.encode()
     except DataError as error:
         return error
     except UnicodeEncodeError:
@@ -169,7 +181,7 @@ def _write(job: Job, number: int, rows: Rows) -> str:
     """Write the shard's file, and return its name."""
     if job.shape is None:
         name = f"shard-{number:05d}.h5"
-        about = {**Facts.of(job.encoder).as_json(), "provenance": _provenance(job), "n_examples": len(rows.examples)}
+        about = {**job.facts.as_json(), "provenance": _provenance(job), "n_examples": len(rows.examples)}
         with _whole_file(job.out / name) as path:
             ours.write_shard(path, rows, about)
         return name
