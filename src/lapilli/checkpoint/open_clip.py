@@ -16,9 +16,8 @@ from transformers import AutoModel, CLIPVisionConfig, PreTrainedModel
 
 from lapilli.base.errors import ModelError
 from lapilli.base.layout import ImageMode
-from lapilli.checkpoint.llava import make_part
 from lapilli.checkpoint.stream import Tensors, open_file
-from lapilli.checkpoint.tensors import read_json, weight_file
+from lapilli.checkpoint.tensors import check_tensors, read_json, weight_file
 
 log = logging.getLogger(__name__)
 
@@ -112,10 +111,15 @@ def read_encoder(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
 
     Raises ModelError naming tensors that are missing, left over, or of a shape that the configuration doesn't give.
     """
-    tensors = open_encoder(folder)
+    tensors, config = open_encoder(folder), read_open_clip_config(folder)
     chosen = next(iter(tensors.values())).dtype if isinstance(dtype, str) else dtype
-    read = {name: tensor.read() for name, tensor in tensors.items()}
-    return make_part(folder, AutoModel, read_open_clip_config(folder), read, chosen)
+    with torch.device("meta"):
+        empty: Any = AutoModel.from_config(config)
+    # Some versions of transformers have one level more.
+    level = "vision_model." if any(name.startswith("vision_model.") for name in empty.state_dict()) else ""
+    state = {level + name: tensor.read() for name, tensor in tensors.items()}
+    check_tensors(folder, "vision encoder", state, empty)
+    return type(empty).from_pretrained(None, config=config, state_dict=state, dtype=chosen).eval()
 
 
 def image_fields(folder: Path, mode: ImageMode) -> dict[str, Any]:
