@@ -42,6 +42,10 @@ class FolderSpec(BaseModel):
     im_start_end: bool = False
     """Pictures stand between the tokens `<im_start>` and `<im_end>`."""
     joined: dict[str, Any]
+    trained_rows: int | None = None
+    """Rows of the embedding that the language model was trained with; a conversion added those beyond. None: all."""
+    settings: dict[str, Any] = {}
+    """What the config.json of a converted model said beyond the model itself, for the way back."""
 
     def chat_template(self) -> str:
         """The template as Jinja, for tokenizers and processors: the same text as in training."""

@@ -8,7 +8,7 @@ name, and so is every tensor that has no place, or place that has no tensor.
 import ast
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,7 +18,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, PreTraine
 
 from lapilli.base.errors import ModelError, unknown
 from lapilli.base.layout import ImageMode
-from lapilli.checkpoint.tensors import check_tensors, read_json, read_weight_file, weight_file
+from lapilli.checkpoint.tensors import check_tensors, read_json, weight_file
 from lapilli.model.projector import check_projector
 from lapilli.model.shrink import SHRINK_ERRORS
 
@@ -29,6 +29,7 @@ _ARCHITECTURES = {"LlavaLlamaForCausalLM": "llava_llama", "LlavaMistralForCausal
 """What `model_type: llava` stands for; folders without `architectures` are Llama's, as the first releases were."""
 
 # fmt: off
+_IDENTITY = frozenset(("architectures", "model_type", "transformers_version", "torch_dtype"))
 _NO_EFFECT = frozenset((
     "mm_hidden_size", "mm_projector_lr", "mm_vision_tower_lr", "use_mm_proj", "tune_mm_mlp_adapter",
     "freeze_mm_mlp_adapter", "tune_mm_vision_resampler", "freeze_mm_vision_resampler", "tokenizer_padding_side",
@@ -37,10 +38,6 @@ _NO_EFFECT = frozenset((
 ))
 # fmt: on
 """Settings of training, or of code that no release uses."""
-
-_VISION, _PROJECTOR, _NEWLINE = "model.vision_tower.vision_tower.", "model.mm_projector.", "model.image_newline"
-_COMPUTED = (".rotary_emb.inv_freq", "embeddings.position_ids")
-"""Tensors that old transformers saved although the configuration gives them."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +58,8 @@ class LlavaSettings:
     im_start_end: bool
     im_patch: bool
     """The vocabulary has a row for `<im_patch>`, which no text uses since v1."""
-
-
-@dataclass
-class LlavaWeights:
-    """The tensors of a checkpoint by part, under the names that each part itself uses."""
-
-    language: dict[str, torch.Tensor] = field(default_factory=dict)
-    projector: dict[str, torch.Tensor] = field(default_factory=dict)
-    vision: dict[str, torch.Tensor] = field(default_factory=dict)
-    newline: torch.Tensor | None = None
+    beyond: Mapping[str, Any]
+    """The fields that are not the language model's, as they stand."""
 
 
 # ---- config.json ------------------------------------------------------------------------------------------------
@@ -105,13 +94,11 @@ def refuse_pieces(folder: Path) -> None:
     )
 
 
-def read_settings(folder: Path) -> LlavaSettings:
-    """Read config.json; keys that are not there have the original's defaults.
+def read_settings(where: Path, fields: Mapping[str, Any]) -> LlavaSettings:
+    """What the fields of a config.json (`where`, for messages) say; keys not there have the original's defaults.
 
     Raises ModelError naming a key that is missing, has a value that can't be used, or is unknown and could matter.
     """
-    fields = read_fields(folder)
-    where = folder / "config.json"
     cls = _language_class(where, fields)
     get = _Reader(where, fields)
     mode = get.one_of("image_aspect_ratio", ("square", "pad", "anyres"), "square")
@@ -129,6 +116,7 @@ def read_settings(folder: Path) -> LlavaSettings:
         im_start_end=get("mm_use_im_start_end", bool, False),
         im_patch=get("mm_use_im_patch_token", bool, False),
         language=_language_config(where, cls, fields, {*get.known, "image_grid_pinpoints"}),
+        beyond={key: value for key, value in fields.items() if key not in cls().to_dict() or key in _IDENTITY},
     )
     check_projector(settings.projector)
     return settings
@@ -200,35 +188,6 @@ def _language_config(
         return cls(**{k: v for k, v in fields.items() if k in own - general})
     except (*SHRINK_ERRORS, StrictDataclassError) as error:
         raise ModelError(f"{where}: not a {cls.model_type} configuration ({' '.join(str(error).split())})") from error
-
-
-# ---- weights ----------------------------------------------------------------------------------------------------
-
-
-def read_weights(folder: Path) -> LlavaWeights:
-    """Read every tensor of the checkpoint, mapped from disk where the format allows.
-
-    Raises ModelError for missing or broken files, and for an index that disagrees with its shards.
-    """
-    file = weight_file(folder)
-    if file is None:
-        raise ModelError(f"{folder}: no weights here (model.safetensors or pytorch_model.bin, whole or with an index)")
-    weights = LlavaWeights()
-    computed = 0
-    for name, tensor in read_weight_file(file).items():
-        if name.endswith(_COMPUTED):
-            computed += 1
-        elif name.startswith(_VISION):
-            weights.vision[name.removeprefix(_VISION)] = tensor
-        elif name.startswith(_PROJECTOR):
-            weights.projector[name.removeprefix(_PROJECTOR)] = tensor
-        elif name == _NEWLINE:
-            weights.newline = tensor
-        else:
-            weights.language[name] = tensor
-    if computed:
-        log.info("%s: %d tables of positions are computed from config.json, not read", file, computed)
-    return weights
 
 
 def make_part(

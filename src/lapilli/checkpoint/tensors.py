@@ -26,11 +26,15 @@ _BROKEN = (
 """What reading a damaged file raises: the unpickler stumbles over whatever byte it meets first."""
 
 
+WEIGHT_FILES = tuple(
+    f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
+)
+"""Where weights lie, in transformers' order."""
+
+
 def weight_file(folder: Path) -> Path | None:
     """Return the file that holds the weights, or the index of its shards, in transformers' order, or None."""
-    stems = ("model.safetensors", "pytorch_model.bin")
-    files = [folder / f"{stem}{end}" for stem in stems for end in ("", ".index.json")]
-    return next((f for f in files if f.is_file()), None)
+    return next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
 
 
 def read_weight_file(file: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,1 @@
+"""Model folders opened without reading their weights, one file per format."""

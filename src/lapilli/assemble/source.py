@@ -1,0 +1,176 @@
+"""One door to every model format: a folder is opened, then converted, verified or made into a model.
+
+What a folder holds is decided by what is in it, never by its name. Opening reads headers and descriptions only and
+checks all of them, so that whatever is wrong is said before hours of work.
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from lapilli.assemble.folder import read_spec
+from lapilli.assemble.opening.hf import open_hf
+from lapilli.assemble.opening.llava import open_llava
+from lapilli.assemble.opening.model import Format as Format
+from lapilli.assemble.opening.model import OpenModel as OpenModel
+from lapilli.assemble.opening.parts import Names, empty_model
+from lapilli.base.errors import ModelError
+from lapilli.checkpoint import llava, names
+from lapilli.checkpoint.stream import Lazy, Tensors
+from lapilli.checkpoint.tensors import some
+from lapilli.model.projector import build_projector
+from lapilli.model.quiet import quiet
+from lapilli.model.vlm import VisionLanguageModel, register
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+def model_folder(path: Path | str) -> Path:
+    """Return the folder that holds the model: the path itself, or the `model/` of a run folder."""
+    path = Path(path)
+    if not path.exists():
+        raise ModelError(f"{path}: no such folder; a model folder is made by `lapilli build` or by a finished run")
+    inner = path / "model"
+    holds = any((path / name).is_file() for name in ("config.json", ADAPTER_FILE))
+    if not holds and inner.is_dir():
+        return inner
+    if not holds:
+        raise ModelError(
+            f"{path}: neither a model folder (no config.json) nor a run folder with a finished model/ in it"
+        )
+    return path
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds adapters of ours."""
+    if not (folder / ADAPTER_FILE).is_file():
+        return False
+    llava.refuse_pieces(folder)
+    return True
+
+
+def open_model(path: Path | str, base: Path | str | None = None, *, template: str | None = None) -> OpenModel:
+    """Open a model folder of any format; folders that are pieces of a model need the `base` they belong to.
+
+    `template` names the conversation template, for folders that don't say theirs, or in place of it. Nothing but
+    headers is read. Raises ModelError for a folder that is no model, for what is missing in it, and for tensors that
+    don't fit its configuration.
+    """
+    register()
+    folder = model_folder(path)
+    with quiet():
+        llava.refuse_pieces(folder)
+        if base is not None:
+            raise ModelError(f"{folder}: a whole model, which takes no base; leave the base out")
+        spec = read_spec(folder)
+        if spec is None and llava.is_llava(llava.read_fields(folder)):
+            opened = open_llava(folder, template)
+        else:
+            opened = open_hf(folder, spec, template)
+        check(opened)
+    return opened
+
+
+def check(opened: OpenModel) -> None:
+    """Raise ModelError, naming file and tensor, unless the tensors fill the configuration's model exactly."""
+    config = opened.config
+    table: Any = None
+    for prefix, auto, part_config in (
+        (names.LANGUAGE, AutoModelForCausalLM, config.text_config),
+        (names.VISION, AutoModel, config.vision_config),
+    ):
+        empty = empty_model(auto, part_config, opened.folder)
+        places = Names(empty)
+        _fill(opened, prefix, part_config.model_type, places.place, places, places.needed)
+        table = table if prefix == names.VISION else empty.get_input_embeddings()
+    width = table.weight.shape[1]
+    with torch.device("meta"):
+        projector = build_projector(config.projector, config.vision_hidden_size, width)
+    shapes = projector.state_dict()
+    _fill(
+        opened, names.PROJECTOR, "projector", lambda name: name if name in shapes else None, None, set(shapes), shapes
+    )
+    if config.image_newline:
+        newline = opened.tensors.get(names.NEWLINE)
+        if newline is None or newline.shape != (width,):
+            raise ModelError(f"{opened.folder}: image mode anyres needs an image_newline of {width} values")
+
+
+def _fill(
+    opened: OpenModel,
+    prefix: str,
+    what: str,
+    place_of: Callable[[str], str | None],
+    places: Names | None,
+    needed: set[str],
+    shapes: Any = None,
+) -> None:
+    tensors = opened.part(prefix)
+    found = {name: place_of(name) for name in tensors}
+    extra = sorted(name for name, place in found.items() if place is None)
+    if extra:
+        where = tensors[extra[0]].where
+        raise ModelError(f"{where}: {len(extra)} tensors have no place in the {what}: {some(extra)}")
+    missing = sorted(needed - set(found.values()))
+    if missing:
+        place = opened.places.get(prefix.removesuffix("."), opened.folder)
+        raise ModelError(f"{place}: {len(missing)} tensors of the {what} are missing: {some(missing)}")
+    shapes = places.places if places is not None else shapes
+    for name, place in found.items():
+        if places is not None and places.reshaped(name):
+            continue
+        wanted = tuple(shapes[place].shape)
+        if tensors[name].shape != wanted:
+            raise ModelError(
+                f"{tensors[name].where}: {what}: {name} has shape {tensors[name].shape}, config.json asks for {wanted}"
+            )
+
+
+# ---- from an open folder to a model -----------------------------------------------------------------------------
+
+
+class _Slice:
+    """A tensor as transformers takes them from safetensors files: read when it is indexed."""
+
+    def __init__(self, tensor: Lazy) -> None:
+        self._tensor = tensor
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._tensor.read()[index]
+
+
+def materialise(opened: OpenModel, dtype: torch.dtype) -> VisionLanguageModel:
+    """Read every tensor and make the model, in `dtype`, ready to answer. Raises ModelError for unreadable files."""
+    config = copy.deepcopy(opened.config)
+    language: Any = _part(opened, names.LANGUAGE, AutoModelForCausalLM, config.text_config, dtype)
+    vision = _part(opened, names.VISION, AutoModel, config.vision_config, dtype)
+    language.generation_config = copy.deepcopy(opened.generation_config)
+    config.vision_config, config.text_config, config.dtype = vision.config, language.config, dtype
+    with torch.device("meta"):
+        model = VisionLanguageModel(config, vision, language)
+    projector = {name: tensor.read().to(dtype) for name, tensor in opened.part(names.PROJECTOR).items()}
+    model.projector.load_state_dict(projector, assign=True)
+    if config.image_newline:
+        model.image_newline = torch.nn.Parameter(opened.tensors[names.NEWLINE].read().to(dtype))
+    return model.eval()
+
+
+def _part(opened: OpenModel, prefix: str, auto: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    empty = empty_model(auto, config, opened.folder)
+    tensors: Tensors = opened.part(prefix)
+    level = Names(empty).prefix
+    state: Any = {level + name: _Slice(tensor) for name, tensor in tensors.items()}
+    try:
+        model, info = type(empty).from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{opened.folder}: weights can't be read ({str(error).splitlines()[0]})") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(f"{opened.folder}: {len(missing)} weights are missing: {some(missing)}")
+    return model.eval()
