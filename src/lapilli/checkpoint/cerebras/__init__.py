@@ -1,0 +1,1 @@
+"""Cerebras ModelZoo's LLaVA models: configurations, state files and trees, read and written."""
