@@ -32,7 +32,7 @@ class FolderSpec(BaseModel):
 
     format: Literal[1] = 1
     written_by: str
-    stored_as: Literal["transformers", "lapilli"]
+    stored_as: Literal["transformers", "lapilli", "llava", "cerebras"]
     """Whose class and key names the weights have."""
     stored_because: str = ""
     """Why transformers' class can't hold the model; empty if it can."""

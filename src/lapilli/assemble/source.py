@@ -67,7 +67,7 @@ def open_model(path: Path | str, base: Path | str | None = None, *, template: st
         if base is not None:
             raise ModelError(f"{folder}: a whole model, which takes no base; leave the base out")
         spec = read_spec(folder)
-        if spec is None and llava.is_llava(llava.read_fields(folder)):
+        if llava.is_llava(llava.read_fields(folder)):
             opened = open_llava(folder, template)
         else:
             opened = open_hf(folder, spec, template)

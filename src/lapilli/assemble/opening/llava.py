@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 
 from lapilli.assemble import parts
 from lapilli.assemble.build import generation_config, where_it_fits
-from lapilli.assemble.folder import FolderSpec, joined_fields
+from lapilli.assemble.folder import FolderSpec, joined_fields, read_spec
 from lapilli.assemble.opening.model import Format, Notes, OpenModel
 from lapilli.assemble.opening.parts import open_encoder
 from lapilli.assemble.vocabulary import IMAGE_TOKEN, add_tokens
@@ -115,6 +115,9 @@ def _own_generation(folder: Path, language: PreTrainedConfig) -> Any:
 
 
 def _template(folder: Path, settings: LlavaSettings, template: str | None, notes: Notes) -> Any:
+    said = read_spec(folder)
+    if template is None and said is not None:
+        return said.template
     if template is None:
         template = DEFAULT_TEMPLATE.get(settings.language.model_type, "vicuna_v1")
         notes.warn(
