@@ -294,7 +294,7 @@ def check_turns(messages: Sequence[Message], where: str) -> None:
             raise DataError(
                 f"{where}: turns {i} and {i + 1} are both from the {message.role}; questions and answers must alternate"
             )
-        if message.role == "assistant" and not message.text.strip():
+        if message.role == "assistant" and _blank(message):
             raise DataError(f"{where}: turn {i + 1}, an answer, is empty; write one or leave the exchange out")
     if all(m.role == "system" for m in messages):
         raise DataError(f"{where}: the conversation has a system message only; leave the record out")
@@ -337,16 +337,34 @@ def _texts(message: Message) -> list[Text]:
     return [p for p in message.parts if isinstance(p, Text)]
 
 
+def _blank(message: Message) -> bool:
+    return not any(isinstance(p, Image) or p.text.strip() for p in message.parts)
+
+
 def _joined(pieces: Iterable[Piece]) -> list[Piece]:
     """The same pieces without empty spans, neighbours of one kind made one."""
     out: list[Piece] = []
+    alike: list[Span] = []
+    """Neighbours of one kind, not yet in `out`."""
     for piece in pieces:
         if isinstance(piece, Span):
             if not piece.text:
                 continue
-            last = out[-1] if out else None
-            if isinstance(last, Span) and (last.supervised, last.weight) == (piece.supervised, piece.weight):
-                out[-1] = Span(last.text + piece.text, last.supervised, last.weight)
+            if not alike or (piece.supervised == alike[0].supervised and piece.weight == alike[0].weight):
+                alike.append(piece)
                 continue
-        out.append(piece)
+            out.append(_one(alike))
+            alike = [piece]
+        else:
+            if alike:
+                out.append(_one(alike))
+                alike = []
+            out.append(piece)
+    if alike:
+        out.append(_one(alike))
     return out
+
+
+def _one(alike: Sequence[Span]) -> Span:
+    first = alike[0]
+    return first if len(alike) == 1 else Span("".join([s.text for s in alike]), first.supervised, first.weight)

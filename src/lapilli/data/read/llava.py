@@ -51,7 +51,10 @@ def parse(record: RawRecord, placement: Placement = "keep") -> Sample:
         if sum(counts) != len(images):
             raise disagreement(where, sum(counts), len(images))
         rest = iter(images)
-        messages = [Message(role, in_place(text, rest), weight) for role, text, weight in turns]
+        messages = [
+            Message(role, in_place(text, rest) if count else (Text(text),) if text else (), weight)
+            for (role, text, weight), count in zip(turns, counts, strict=True)
+        ]
     check_turns(messages, where)
     name = value.get("id")
     return Sample(str(record.number if name is None else name), tuple(messages), where)
