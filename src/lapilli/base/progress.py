@@ -1,6 +1,7 @@
 """One dense status line: live on a terminal, plain lines at intervals in a log file.
 
-The caller words the line; this module only decides when and how it is shown.
+The caller words the line; this module decides when and how it is shown, and adds the time that is left wherever the end
+is known: in units, or in bytes of the files that are read for them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO, TypeVar
+from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -17,12 +18,29 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SIZES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+"""Units of bytes, as people and publishers count them."""
+
+
+class Reading(Protocol):
+    """What is read while the work goes on, for work whose number of units is known only at its end."""
+
+    @property
+    def total(self) -> int:
+        """Bytes to be read."""
+        ...
+
+    def done(self, records: int, /) -> int:
+        """Bytes that stand for the first `records` units."""
+        ...
+
 
 class Progress:
     """A context manager that shows how far some work is.
 
-    On a terminal a bar is redrawn in place. Elsewhere a line is written at most every `interval_seconds`, and always
-    for the first and the last report. Writes to `stream` (default: standard error), never to standard output.
+    The end is `total` units, or that of `reading`. On a terminal a bar is redrawn in place. Elsewhere a line is written
+    at most every `interval_seconds`, and always for the first and the last report. Writes to `stream` (default:
+    standard error), never to standard output.
     """
 
     def __init__(
@@ -30,6 +48,7 @@ class Progress:
         what: str,
         total: int | None = None,
         *,
+        reading: Reading | None = None,
         stream: TextIO | None = None,
         interval_seconds: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
@@ -40,6 +59,7 @@ class Progress:
         self.total = total
         self.done = 0
         self._text = ""
+        self._reading = reading
         self._interval_seconds = interval_seconds
         self._clock = clock
         self._start = clock()
@@ -63,7 +83,7 @@ class Progress:
             self._live.stop()
             self._live = None
         if self._shown != self.line():
-            self._write(self.line())
+            self._write()
 
     def update(self, done: int, text: str = "", *, total: int | None = None) -> None:
         """Report that `done` units are done; `text` is what stands behind the count."""
@@ -72,7 +92,7 @@ class Progress:
         if self._live is not None:
             self._live.update(self._bar())
         elif self._clock() - self._shown_at >= self._interval_seconds:
-            self._write(self.line())
+            self._write(self._eta())
 
     def advance(self, units: int = 1, text: str = "") -> None:
         """Report that `units` more are done."""
@@ -83,19 +103,35 @@ class Progress:
         self._console.print(text, markup=False)
 
     def line(self) -> str:
-        """The current state as one plain line."""
+        """The current state as one plain line, without the time that is left."""
         count = f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,}"
-        return "  ".join(part for part in (f"{self.what} {count}", self._text) if part)
+        read = ""
+        if self._reading is not None and self._reading.total:
+            read = f"{size_text(self._reading.done(self.done))} of {size_text(self._reading.total)}"
+        return "  ".join(part for part in (f"{self.what} {count}", read, self._text) if part)
 
     def eta_seconds(self) -> float | None:
         """Seconds left at the average rate so far; None when unknown."""
-        if self.total is None or self.done == 0:
+        done, total = self._measured()
+        if not total or done <= 0:
             return None
-        return (self._clock() - self._start) / self.done * (self.total - self.done)
+        return (self._clock() - self._start) / done * max(0, total - done)
 
-    def _write(self, line: str) -> None:
-        self._console.print(line, markup=False)
-        self._shown, self._shown_at = line, self._clock()
+    def _measured(self) -> tuple[int, int | None]:
+        """What is done of what: units if their number is known, else bytes."""
+        if self.total is None and self._reading is not None:
+            return self._reading.done(self.done), self._reading.total
+        return self.done, self.total
+
+    def _eta(self) -> str:
+        done, total = self._measured()
+        if "eta" in self._text or (total is not None and done >= total) or (eta := self.eta_seconds()) is None:
+            return ""
+        return f"eta {duration(eta)}"
+
+    def _write(self, eta: str = "") -> None:
+        self._shown, self._shown_at = self.line(), self._clock()
+        self._console.print("  ".join(filter(None, (self._shown, eta))), markup=False)
 
     def _bar(self) -> RenderableType:
         from rich.progress_bar import ProgressBar
@@ -107,10 +143,11 @@ class Progress:
             Text(self.what),
             Text(self.line().removeprefix(self.what).strip(), overflow="ellipsis"),
         ]
-        if self.total:
-            cells.insert(1, ProgressBar(total=self.total, completed=self.done, width=20))
-        if self.done and (eta := self.eta_seconds()) is not None and "eta" not in self._text:
-            cells.append(Text(f"eta {duration(eta)}", style="dim"))
+        done, total = self._measured()
+        if total:
+            cells.insert(1, ProgressBar(total=total, completed=done, width=20))
+        if eta := self._eta():
+            cells.append(Text(eta, style="dim"))
         row.add_row(*cells)
         return row
 
@@ -130,3 +167,9 @@ def duration(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size}{unit}{whole % size // small:02d}{smaller}"
     return f"{whole}s"
+
+
+def size_text(size: int) -> str:
+    """Bytes as a person reads them: `27.4 GB`."""
+    unit = next((name for name, one in SIZES.items() if size < 999.5 * one), "TB")
+    return f"{size / SIZES[unit]:.3g} {unit}"

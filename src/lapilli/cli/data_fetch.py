@@ -95,7 +95,7 @@ def _tokens(token_file: str | None) -> dict[str, str]:
 
 def _list(table: Table) -> None:
     """Every mixture with its size."""
-    from lapilli.data.fetch.table import size_text
+    from lapilli.base.progress import size_text
 
     width = max(map(len, table.mixtures))
     for name, mixture in table.mixtures.items():
@@ -108,8 +108,8 @@ def _list(table: Table) -> None:
 
 def _show(plan: Plan, keep_archives: bool) -> None:
     """The plan: steps, sizes, checks, licences, and what a person has to ask for."""
+    from lapilli.base.progress import size_text
     from lapilli.data.fetch.plan import free_bytes
-    from lapilli.data.fetch.table import size_text
 
     typer.echo(f"{plan.name}: {plan.mixture.title}\ninto {plan.out}/")
     for step in plan.steps:

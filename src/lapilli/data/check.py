@@ -27,6 +27,7 @@ from lapilli.data.encode import Encoder
 from lapilli.data.image import ImageLimits, ImageSpec, usable_size
 from lapilli.data.order import llava_length
 from lapilli.data.read.open import open_source
+from lapilli.data.read.position import Reading
 from lapilli.data.read.record import Placement, RawRecord, Reader
 from lapilli.data.sample import Sample
 from lapilli.data.stamp import DataIndex, Note, index_folder, kind_of, make_stamp
@@ -173,8 +174,10 @@ def _check_all(
 ) -> _Found:
     """Check every record; usable Samples go into `folder` as they come."""
     found = _Found()
-    with Progress("checking data", stream=stream) as progress, StoreWriter(folder) as store:
-        for part in shared(_check_chunk, settings, _chunks(sources, settings.readers), workers, "try data.workers: 0"):
+    reading = Reading(settings.readers)
+    chunks = _chunks(sources, settings.readers, reading)
+    with Progress("checking data", reading=reading, stream=stream) as progress, StoreWriter(folder) as store:
+        for part in shared(_check_chunk, settings, chunks, workers, "try data.workers: 0"):
             for blob, source in zip(part.blobs, part.sources, strict=True):
                 store.append(blob, source)
             found.extend(part)
@@ -183,14 +186,14 @@ def _check_all(
     return found
 
 
-def _chunks(sources: Sequence[Source], readers: Sequence[Reader]) -> Iterator[list[Record]]:
+def _chunks(sources: Sequence[Source], readers: Sequence[Reader], reading: Reading) -> Iterator[list[Record]]:
     """The records of all sources, or of the parts of them that are asked for, some at a time."""
 
     def records() -> Iterator[Record]:
         number = 0
         for place, (source, reader) in enumerate(zip(sources, readers, strict=True)):
             start, stop = _bounds(source, reader)
-            for number, raw in enumerate(islice(reader.records(), start, stop), number):  # noqa: B020
+            for number, raw in enumerate(reading.records(place, start, stop), number):  # noqa: B020
                 yield number, place, raw
             number += 1
 

@@ -1,15 +1,16 @@
 """Arrow and Parquet files as archives of pictures: a cell is addressed as `ROW/COLUMN`, then index or field names.
 
 Arrow files are mapped into memory and cost nothing until a cell is read. Parquet is read a row group at a time, so
-pictures in it are slow to read in another order than theirs. Every batch is validated before anything in it is touched,
-since Arrow trusts the offsets that a file states.
+pictures in it are slow to read in another order than theirs, unless all of them fit what is kept. Every batch is
+validated before anything in it is touched, since Arrow trusts the offsets that a file states.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 _PARQUET = b"PAR1"
-KEPT_ROW_GROUPS = 2
-"""Decoded row groups that a process keeps, whatever the number of files: each may hold hundreds of pictures."""
+KEPT_BYTES = 256_000_000
+"""Decoded row groups that a process keeps, whatever the number of files; one is kept however large it is."""
 
 
 def open_table(path: str) -> ArrowTable | ParquetTable:
@@ -96,6 +97,10 @@ class ArrowTable:
         for i in range(len(self._batches)):
             yield self._batch(i)
 
+    @property
+    def rows(self) -> int:
+        return self._starts[-1]
+
     def size(self, member: str) -> int:
         return _buffer_size(self._cell(member))
 
@@ -132,6 +137,21 @@ class ParquetTable:
             rows = [self.file.metadata.row_group(i).num_rows for i in groups]
         self._starts = [0, *accumulate(rows)]
 
+    @property
+    def rows(self) -> int:
+        return self._starts[-1]
+
+    def largest_group(self, columns: Sequence[str]) -> tuple[int, int]:
+        """(bytes, rows) of the row group in which these columns are largest, decoded, as the file states it."""
+        metadata = self.file.metadata
+        found = [(0, 0)]
+        with table_faults(self.path):
+            for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
+                leaves = [group.column(i) for i in range(group.num_columns)]
+                wanted = [leaf for leaf in leaves if leaf.path_in_schema.split(".")[0] in columns]
+                found.append((sum(leaf.total_uncompressed_size for leaf in wanted), group.num_rows))
+        return max(found)
+
     def size(self, member: str) -> int:
         return _buffer_size(self._cell(member))
 
@@ -142,16 +162,37 @@ class ParquetTable:
         row, column, steps = _address(self.path, member, self._starts[-1], self.schema)
         group = bisect_right(self._starts, row) - 1
         with table_faults(self.path):
-            value = _row_group(self, group, column)[row - self._starts[group]]
+            value = _row_groups().column(self, group, column)[row - self._starts[group]]
         return _leaf(self.path, member, value, steps)
 
 
-@lru_cache(KEPT_ROW_GROUPS)
-def _row_group(table: ParquetTable, group: int, column: str) -> pyarrow.ChunkedArray:
-    """One column of one row group, decoded and validated."""
-    rows = table.file.read_row_group(group, columns=[column], use_threads=False)
-    rows.validate(full=True)
-    return rows.column(0)
+class RowGroups:
+    """Columns of row groups, decoded and validated; over `budget_bytes`, the one used longest ago is forgotten."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.bytes = 0
+        self._kept: OrderedDict[tuple[ParquetTable, int, str], pyarrow.ChunkedArray] = OrderedDict()
+
+    def column(self, table: ParquetTable, group: int, name: str) -> pyarrow.ChunkedArray:
+        """One column of one row group. Raises what pyarrow raises where the file is damaged."""
+        key = (table, group, name)
+        found = self._kept.get(key)
+        if found is None:
+            rows = table.file.read_row_group(group, columns=[name], use_threads=False)
+            rows.validate(full=True)
+            found = self._kept[key] = rows.column(0)
+            self.bytes += found.nbytes
+            while self.bytes > self.budget_bytes and len(self._kept) > 1:
+                self.bytes -= self._kept.popitem(last=False)[1].nbytes
+        self._kept.move_to_end(key)
+        return found
+
+
+@lru_cache(1)
+def _row_groups() -> RowGroups:
+    """Those of this process."""
+    return RowGroups(KEPT_BYTES)
 
 
 def _readable(schema: pyarrow.Schema) -> pyarrow.Schema:

@@ -224,6 +224,21 @@ def test_a_file_put_there_by_hand_is_unpacked_and_kept(tmp_path):
     assert states(table, tmp_path)["coco"] == "done"
 
 
+def test_a_folder_filled_by_hand_is_taken_as_it_is(tmp_path):
+    covers = {"links": None, "page": "https://example.com/ask", "request": "unpack it there"}
+    with serving(files()) as server:
+        table = a_table(server.url, covers=covers)
+        (tmp_path / "ocr_vqa" / "images").mkdir(parents=True)
+        assert states(table, tmp_path)["covers"] == "waits for you"
+        assert any("unpack it there" in problem for problem in run(table, tmp_path, skip=["list"]).problems)
+        (tmp_path / "ocr_vqa" / "images" / "A1.jpg").write_bytes(JPEG)
+        assert states(table, tmp_path)["covers"] == "here, not checked"
+        outcome = run(table, tmp_path, skip=["list"])
+    assert any(note.startswith("covers:") and "not checked" in note for note in outcome.notes)
+    assert len(outcome.problems) == 1
+    assert "1 of the 3 pictures it names are not below" in outcome.problems[0]
+
+
 def test_a_refused_file_says_what_to_ask_for(tmp_path):
     served = files()
     served["/mix.json"].wants_token = "secret"

@@ -5,7 +5,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from lapilli.base.errors import DataError
-from lapilli.data.fetch.table import Item, load_table, size_bytes, size_text
+from lapilli.base.progress import size_text
+from lapilli.data.fetch.table import Item, load_table, size_bytes
 
 SMALL = """
 items:
@@ -27,6 +28,8 @@ def test_every_mixture_of_the_documents_is_there():
         "kollava-cc3m-595k",
         "kollava-instruct-150k",
         "kollava-instruct-158k",
+        "kollava-mix581k",
+        "kollava-instruct-612k",
         "quilt-pretrain-723k",
         "quilt-instruct-107k",
         "quilt-1m",
@@ -44,6 +47,22 @@ def test_the_trees_are_those_that_the_documents_draw():
     assert table.items["quilt-images"].unpack.into == "Quilt-LLaVA-Pretrain/quilt_1m"
     assert quilt.folder == "playground/data"
     assert table.mixture("llava-pretrain-558k").folder == "pretraining_data"
+
+
+def test_what_only_a_person_can_get_says_how_and_everything_shows_its_licence():
+    table = load_table()
+    for name, item in table.items.items():
+        assert item.licence, name
+        assert urlsplit(item.licence_page).scheme == "https", name
+        assert not item.by_hand or (item.request and item.page), name
+    asks = {name for name, mixture in table.mixtures.items() if any(table.items[i].request for i in mixture.items)}
+    assert asks == {
+        "llava-mix665k", "kollava-mix581k", "kollava-instruct-612k",
+        "quilt-pretrain-723k", "quilt-instruct-107k", "quilt-1m",
+    }  # fmt: skip
+    korean = table.items["ko-ekvqa-images"]
+    assert korean.checked_with == "no checksum is published; what is checked: nothing, it is taken as it is"
+    assert table.items["ko-mix612k-json"].size is None
 
 
 def test_every_address_is_https_and_every_checksum_has_its_publisher():

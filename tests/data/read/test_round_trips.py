@@ -14,6 +14,7 @@ from lapilli.base.errors import DataError
 from lapilli.data.check import index
 from lapilli.data.picture import image_size, open_image
 from lapilli.data.read.open import expand, open_source
+from lapilli.data.read.position import Spot
 from lapilli.data.sample import Image, Text
 from lapilli.recipe.schema import Source
 
@@ -232,6 +233,19 @@ def test_round_trip(write, tmp_path):
     assert open_image(samples[2].images[0], reader.images).getpixel((0, 0)) == (7, 0, 0)
     assert len({sample.id for sample in samples}) == len(samples)
     assert all(sample.where.startswith(tuple(reader.files)) for sample in samples)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_every_reader_ends_at_its_end(write, tmp_path):
+    path, images = write(tmp_path)
+    reader = open_source(Source(path=str(path), images=None if images is None else str(images)))
+    spot = Spot(reader.files)
+    assert spot.total > 0
+    seen = [spot.bytes for _ in reader.records(spot)]
+    assert len(seen) == 3
+    assert seen == sorted(seen)
+    assert 0 < seen[0] < seen[-1] <= spot.total
+    assert [raw.value for raw in reader.records()] == [raw.value for raw in reader.records(Spot(reader.files))]
 
 
 @pytest.mark.parametrize("write", [write_lines, write_one_shard, write_parquet, write_dataset])

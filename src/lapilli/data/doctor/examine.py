@@ -20,6 +20,7 @@ from lapilli.data.doctor.picture import PictureFacts, content_key
 from lapilli.data.doctor.record import Decode, Examiner, Found, Numbered, Problem, RecordFacts, Settings
 from lapilli.data.image import ImageLimits, ImageSpec
 from lapilli.data.read.open import open_source
+from lapilli.data.read.position import Reading
 from lapilli.data.read.record import Placement, Reader, printable
 from lapilli.data.sample import Image
 from lapilli.data.workers import shared
@@ -59,8 +60,9 @@ def examine(
     readers = [open_source(source) for source in sources]
     settings = Settings(readers, _strict(encoder), spec, placement, limits or ImageLimits(), decode)
     found = Found()
-    records = _numbered(readers, found.problems)
-    with Progress("checking data", stream=stream) as progress:
+    reading = Reading(readers)
+    records = _numbered(readers, reading, found.problems)
+    with Progress("checking data", reading=reading, stream=stream) as progress:
         for part in _shared(_examine_chunk, records, CHUNK_RECORDS, settings, workers):
             for source, count in part.counts.items():
                 found.counts[source] = found.counts.get(source, 0) + count
@@ -85,12 +87,12 @@ def examine(
     )
 
 
-def _numbered(readers: Sequence[Reader], problems: list[Problem]) -> Iterator[Numbered]:
+def _numbered(readers: Sequence[Reader], reading: Reading, problems: list[Problem]) -> Iterator[Numbered]:
     """Every record of every source; a source that breaks off is a problem, and what follows it is read on."""
     for place, reader in enumerate(readers):
         number = 0
         try:
-            for number, raw in enumerate(reader.records(), 1):
+            for number, raw in enumerate(reading.records(place), 1):
                 yield place, number, raw
         except DataError as error:
             problems.append(Problem(place, number + 1, reader.files[0], "file", printable(str(error))))

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import IO, Self
 
 from lapilli.base.errors import DataError
-from lapilli.data.fetch.table import Unpack, size_text
+from lapilli.base.progress import size_text
+from lapilli.data.fetch.table import Unpack
 
 _CHUNK_BYTES = 1 << 20
 _JUNK = ("__MACOSX", ".DS_Store", "Thumbs.db")

@@ -16,8 +16,9 @@ from typing import Literal
 
 from lapilli.base.atomic import write_json
 from lapilli.base.errors import DataError, unknown
+from lapilli.base.progress import size_text
 from lapilli.data.fetch.extract import unpacked_bytes
-from lapilli.data.fetch.table import Item, Links, Mixture, size_text
+from lapilli.data.fetch.table import Item, Links, Mixture
 
 DOWNLOADS = "downloads"
 RECEIPTS = "receipts.json"
@@ -126,7 +127,7 @@ def _step(name: str, item: Item, out: Path, receipt: Receipt | None, skipped: bo
     elif path.is_file():
         state = "here, not checked"
     elif item.by_hand:
-        state = "waits for you"
+        state = "here, not checked" if _holds_files(path) else "waits for you"
     elif part_of(path).is_file():
         state = "partly here"
     fetch = item.size
@@ -135,6 +136,10 @@ def _step(name: str, item: Item, out: Path, receipt: Receipt | None, skipped: bo
     elif fetch is not None and item.links is None and state == "partly here":
         fetch = max(0, fetch - part_of(path).stat().st_size)
     return Step(name, item, state, fetch, _unpack_bytes(item, path))
+
+
+def _holds_files(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _links_state(links: Links, out: Path, folder: Path) -> State:

@@ -15,12 +15,12 @@ from typing import TextIO
 
 from lapilli.base.errors import DataError
 from lapilli.base.http import Expected, Fetcher, HttpError
-from lapilli.base.progress import Progress
+from lapilli.base.progress import Progress, duration, size_text
 from lapilli.data.fetch.extract import Unpacked, unpack, unpacked_bytes
 from lapilli.data.fetch.links import Linked, fetch_links
 from lapilli.data.fetch.pictures import Named, check_pictures
 from lapilli.data.fetch.plan import DOWNLOADS, Plan, Receipt, Step, free_bytes, read_receipts, write_receipt
-from lapilli.data.fetch.table import Item, size_text
+from lapilli.data.fetch.table import Item
 
 _MEGA = 10**6
 _MAX_UNKNOWN_BYTES = 5 * 10**9
@@ -155,7 +155,7 @@ def _unpack(name: str, item: Item, path: Path, out: Path, stream: TextIO | None)
 
 
 class _Bar:
-    """Bytes so far as megabytes and speed on a status line."""
+    """Bytes so far as megabytes, speed and time left on a status line; what an earlier run brought is no speed."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -166,8 +166,11 @@ class _Bar:
         if self._start is None:
             self._start = (now, done)
         seconds, new = now - self._start[0], done - self._start[1]
-        speed = f"{new / seconds / _MEGA:.1f} MB/s" if seconds > 0 and new > 0 else ""
-        self._progress.update(done // _MEGA, f"MB  {speed}".strip(), total=total // _MEGA if total else None)
+        texts = ["MB"]
+        if seconds > 0 and new > 0:
+            texts.append(f"{new / seconds / _MEGA:.1f} MB/s")
+            texts += [f"eta {duration(seconds / new * (total - done))}"] if total else []
+        self._progress.update(done // _MEGA, "  ".join(texts), total=total // _MEGA if total else None)
 
 
 def _links(plan: Plan, step: Step, fetcher: Fetcher, outcome: Outcome, stream: TextIO | None) -> None:

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lapilli.base.errors import DataError, RecipeError, unknown
+from lapilli.base.progress import SIZES
 from lapilli.recipe.yaml_file import parse
 
-_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 HUB = "huggingface.co"
 
 
@@ -26,13 +26,7 @@ def size_bytes(value: Any) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?) (B|kB|MB|GB|TB)", value) if isinstance(value, str) else None
     if found is None:
         raise ValueError(f"must be a size such as `27.4 GB`, not {value!r}")
-    return round(float(found[1]) * _UNITS[found[2]])
-
-
-def size_text(size: int) -> str:
-    """Bytes as a person reads them: `27.4 GB`."""
-    unit = next((name for name, one in _UNITS.items() if size < 999.5 * one), "TB")
-    return f"{size / _UNITS[unit]:.3g} {unit}"
+    return round(float(found[1]) * SIZES[found[2]])
 
 
 def _inside(path: str) -> str:
@@ -125,7 +119,7 @@ class Item(_Strict):
             return f"{'SHA-256' if self.sha256 else 'MD5'} in the table (from: {self.hash_from})"
         if self.url is not None and urlsplit(self.url).hostname == HUB:
             return "SHA-256 that the hub states when the file is asked for"
-        kind = "nothing but its size, where the server states it"
+        kind = "nothing, it is taken as it is" if self.by_hand else "nothing but its size, where the server states it"
         if self.unpack is not None:
             kind = "each member's CRC-32 and size, as the archive states them"
         elif self.links is not None:

@@ -25,11 +25,11 @@ from lapilli.data.encode import Encoder
 from lapilli.data.image import ImageLimits, ImageSpec
 from lapilli.data.prepare import cerebras, params
 from lapilli.data.prepare.engine import Engine, make_parts
-from lapilli.data.prepare.facts import Facts
 from lapilli.data.prepare.params import Statistics
 from lapilli.data.prepare.pictures import PictureRoot
 from lapilli.data.prepare.work import UNFINISHED, Job, Layout, Part
 from lapilli.data.read.open import open_source
+from lapilli.data.read.position import Reading
 from lapilli.data.read.record import Placement, RawRecord, Reader
 from lapilli.recipe.schema import Source
 
@@ -94,9 +94,10 @@ def prepare(
     job = Job(
         readers, encoder, spec, placement, limits or ImageLimits(), out, layout, shape, pictures, settings
     )  # fmt: skip
-    with _claimed(out, {**settings, "facts": Facts.of(encoder).as_json()}):
-        made = make_parts(job, _chunks(job, shard_records), engine, processes, address)
-        parts, kept = _make_all(made, stream)
+    with _claimed(out, {**settings, "facts": job.facts.as_json()}):
+        reading = Reading(readers)
+        made = make_parts(job, _chunks(reading, len(readers), shard_records), engine, processes, address)
+        parts, kept = _make_all(made, reading, stream)
         return _finish(job, parts, kept)
 
 
@@ -186,11 +187,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _make_all(made: Iterator[tuple[Part, bool]], stream: TextIO | None) -> tuple[list[Part], int]:
+def _make_all(made: Iterator[tuple[Part, bool]], reading: Reading, stream: TextIO | None) -> tuple[list[Part], int]:
     """Every shard in order, and how many of them were there already."""
     parts: list[Part] = []
     kept = bad = 0
-    with Progress("preparing data", stream=stream) as progress:
+    with Progress("preparing data", reading=reading, stream=stream) as progress:
         for part, was_there in made:
             parts.append(part)
             kept += was_there
@@ -200,9 +201,9 @@ def _make_all(made: Iterator[tuple[Part, bool]], stream: TextIO | None) -> tuple
     return parts, kept
 
 
-def _chunks(job: Job, shard_records: int) -> Iterator[tuple[int, list[tuple[int, RawRecord]]]]:
+def _chunks(reading: Reading, readers: int, shard_records: int) -> Iterator[tuple[int, list[tuple[int, RawRecord]]]]:
     """The records of each shard, each with the number of its source, and the shard's number."""
-    records = ((i, raw) for i, reader in enumerate(job.readers) for raw in reader.records())
+    records = ((i, raw) for i in range(readers) for raw in reading.records(i))
     return enumerate(iter(lambda: list(islice(records, shard_records)), []))
 
 
@@ -227,6 +228,6 @@ def _finish(job: Job, parts: Sequence[Part], kept: int) -> Outcome:
     atomic_write(job.out / QUARANTINE, "".join(lines))
     shards = [{"file": part.file, "rows": part.rows, "bytes": part.bytes} for part in parts if part.file]
     padded = job.shape.length if job.shape else None
-    made = params.data_params(total, Facts.of(job.encoder), job.settings, job.encoder.tokenizer, shards, padded)
+    made = params.data_params(total, job.facts, job.settings, job.encoder.tokenizer, shards, padded)
     write_json(job.out / params.FILE, made)
     return Outcome(job.out, total, len(parts), kept, made)

@@ -19,6 +19,7 @@ from pathlib import Path
 from lapilli.base.errors import DataError
 from lapilli.data.archive import kind_of_file
 from lapilli.data.read import shapes
+from lapilli.data.read.position import Spot
 from lapilli.data.read.record import Placement, RawRecord, Reader
 from lapilli.data.read.stream import first_record, read_records
 from lapilli.data.sample import Sample
@@ -72,8 +73,9 @@ class JsonReader:
     def files(self) -> list[str]:
         return list(self.paths)
 
-    def records(self) -> Iterator[RawRecord]:
-        return itertools.chain.from_iterable(map(read_records, self.paths))
+    def records(self, spot: Spot | None = None) -> Iterator[RawRecord]:
+        for number, path in enumerate(self.paths):
+            yield from read_records(path, spot, number)
 
     def parse(self, raw: RawRecord, placement: Placement = "keep") -> Sample:
         return shapes.parse(raw, placement)

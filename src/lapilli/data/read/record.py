@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from lapilli.data.sample import Sample
+
+if TYPE_CHECKING:
+    from lapilli.data.read.position import Spot
 
 Placement = Literal["keep", "front"]
 """Where pictures stand in their turns: as written, or LLaVA's rule (first, a line break after each)."""
@@ -52,8 +55,11 @@ class Reader(Protocol):
         """What picture paths are relative to: a folder or an archive."""
         ...
 
-    def records(self) -> Iterator[RawRecord]:
-        """Every record, in order, unchecked and one at a time. Raises DataError if a file as a whole can't be read."""
+    def records(self, spot: Spot | None = None) -> Iterator[RawRecord]:
+        """Every record, in order, unchecked and one at a time; `spot` goes along.
+
+        Raises DataError if a file as a whole can't be read.
+        """
         ...
 
     def parse(self, raw: RawRecord, placement: Placement = "keep") -> Sample:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lapilli.base.errors import DataError
+from lapilli.data.read.position import Spot
 from lapilli.data.read.record import RawRecord
 
 CHUNK_BYTES = 1 << 20
@@ -30,14 +31,17 @@ _MAGIC_GZIP, _MAGIC_ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _BOM = b"\xef\xbb\xbf"
 
 
-def read_records(path: str | Path) -> Iterator[RawRecord]:
-    """Every record of a file, in order, unchecked. Raises DataError if the file as a whole can't be read."""
+def read_records(path: str | Path, spot: Spot | None = None, number: int = 0) -> Iterator[RawRecord]:
+    """Every record of a file, in order, unchecked; `spot` goes along in its file `number`.
+
+    Raises DataError if the file as a whole can't be read.
+    """
     with _opened(path) as source:
         start = source.first()
         if start == b"[" and not _is_lines_of_lists(path):
-            yield from _json_list(str(path), _Window(source))
+            records = _json_list(str(path), _Window(source))
         elif start in (b"{", b"["):
-            yield from _json_lines(str(path), source)
+            records = _json_lines(str(path), source)
         elif not start:
             raise DataError(f"{path}: the file is empty")
         else:
@@ -45,6 +49,10 @@ def read_records(path: str | Path) -> Iterator[RawRecord]:
             raise DataError(
                 f"{path}: begins with {shown!r}: neither a JSON list ([...]) nor JSON lines ({{...}} per line)"
             )
+        for record, behind in records:
+            if spot is not None:
+                spot.at(number, source.share(behind))
+            yield record
 
 
 def first_record(path: str | Path) -> RawRecord | None:
@@ -55,8 +63,9 @@ def first_record(path: str | Path) -> RawRecord | None:
 class _Source:
     """A file's bytes, decompressed, without a byte order mark; its faults are DataErrors."""
 
-    def __init__(self, path: str | Path, stream: IO[bytes]) -> None:
+    def __init__(self, path: str | Path, stream: IO[bytes], file: IO[bytes]) -> None:
         self.path, self._stream, self._ahead = path, stream, b""
+        self._file, self._size, self._reached = file, os.fstat(file.fileno()).st_size, 0
         self.begin = 0
         """Bytes at the head that `read` does not give: the byte order mark."""
         head = self.read(len(_BOM))
@@ -70,9 +79,15 @@ class _Source:
             ahead, self._ahead = self._ahead, b""
             return ahead
         try:
-            return self._stream.read(size)
+            data = self._stream.read(size)
         except (OSError, EOFError, zlib.error, ValueError) as error:
             raise DataError(f"{self.path}: can't be read to its end ({error}); copy it again") from error
+        self._reached = self._file.tell()
+        return data
+
+    def share(self, behind: float) -> float:
+        """The part of the file, as it lies on the disk, that the part `behind` of all that `read` gave stands for."""
+        return self._reached / self._size * behind if self._size else 1.0
 
     def first(self) -> bytes:
         """The first byte that is not blank, empty if there is none; it stays to be read."""
@@ -92,6 +107,7 @@ class _Window:
         self._source = source
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._bytes = source.begin
+        self._characters = 0
         self._line, self._column = 1, 0
         self.text, self.at = "", 0
 
@@ -105,12 +121,18 @@ class _Window:
         data = self._source.read(max(CHUNK_BYTES, len(self.text)))
         pending = len(self._decoder.getstate()[0])
         try:
-            self.text += self._decoder.decode(data, final=not data)
+            new = self._decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
             at = self._bytes - pending + error.start
             raise DataError(f"{self._source.path}: not UTF-8 at byte {at}; save the file as UTF-8") from error
+        self.text += new
+        self._characters += len(new)
         self._bytes += len(data)
         return bool(data)
+
+    def behind(self) -> float:
+        """The part of all that was read that lies before `at`."""
+        return 1.0 - (len(self.text) - self.at) / self._characters if self._characters else 1.0
 
     def peek(self) -> str:
         """The next character that is not blank, at `at` from now on; empty at the file's end."""
@@ -170,16 +192,16 @@ def _opened(path: str | Path) -> Iterator[_Source]:
         stream.seek(0)
         if head.startswith(_MAGIC_GZIP):
             with gzip.GzipFile(fileobj=stream) as plain:
-                yield _Source(path, plain)  # type: ignore[arg-type]
+                yield _Source(path, plain, stream)  # type: ignore[arg-type]
         elif head == _MAGIC_ZSTD:
             if importlib.util.find_spec("pyarrow") is None:
                 raise DataError(f"{path}: reading zstd files needs pyarrow: pip install 'lapilli[data]'; or unpack it")
             import pyarrow
 
             with pyarrow.CompressedInputStream(stream, "zstd") as plain:
-                yield _Source(path, plain)
+                yield _Source(path, plain, stream)
         else:
-            yield _Source(path, stream)
+            yield _Source(path, stream, stream)
 
 
 def _is_lines_of_lists(path: str | Path) -> bool:
@@ -194,14 +216,15 @@ def _is_lines_of_lists(path: str | Path) -> bool:
     return "content" in first and not {"conversations", "messages", "id"} & first.keys()
 
 
-def _json_list(path: str, window: _Window) -> Iterator[RawRecord]:
+def _json_list(path: str, window: _Window) -> Iterator[tuple[RawRecord, float]]:
+    """Every record, and the part of what was read that lies behind it."""
     window.peek()
     window.at += 1
     number = 0
     end = window.peek() == "]"
     while not end:
         number += 1
-        yield RawRecord(path, number, window.value())
+        yield RawRecord(path, number, window.value()), window.behind()
         mark = window.peek()
         if mark not in (",", "]"):
             raise window.fault("Expecting ',' delimiter", window.at)
@@ -212,35 +235,41 @@ def _json_list(path: str, window: _Window) -> Iterator[RawRecord]:
         raise window.fault("Extra data", window.at)
 
 
-def _json_lines(path: str, source: _Source) -> Iterator[RawRecord]:
+def _json_lines(path: str, source: _Source) -> Iterator[tuple[RawRecord, float]]:
+    """Every record, and the part of what was read that lies behind it."""
     number = 0
-    for line_number, line in enumerate(_lines(source), 1):
-        if not line.strip():
-            continue
-        number += 1
-        try:
-            yield RawRecord(path, number, json.loads(line.decode("utf-8")))
-        except UnicodeDecodeError as error:
-            problem = f"not UTF-8 at byte {error.start} of line {line_number}; save the file as UTF-8"
-            yield RawRecord(path, number, None, problem)
-        except (ValueError, RecursionError) as error:
-            problem = _not_json(error, line_number)
-            if number == 1 and line.strip() == b"{":
-                problem += "; an object over several lines must stand in a list: put it in [ ]"
-            yield RawRecord(path, number, None, problem)
+    for line_number, (line, behind) in enumerate(_lines(source), 1):
+        if line.strip():
+            number += 1
+            yield _json_line(path, number, line, line_number), behind
 
 
-def _lines(source: _Source) -> Iterator[bytes]:
+def _json_line(path: str, number: int, line: bytes, line_number: int) -> RawRecord:
+    try:
+        return RawRecord(path, number, json.loads(line.decode("utf-8")))
+    except UnicodeDecodeError as error:
+        problem = f"not UTF-8 at byte {error.start} of line {line_number}; save the file as UTF-8"
+    except (ValueError, RecursionError) as error:
+        problem = _not_json(error, line_number)
+        if number == 1 and line.strip() == b"{":
+            problem += "; an object over several lines must stand in a list: put it in [ ]"
+    return RawRecord(path, number, None, problem)
+
+
+def _lines(source: _Source) -> Iterator[tuple[bytes, float]]:
+    """Every line, and the part of what was read that it ends at."""
     # Only at line feeds: U+2028 and its like may stand inside a JSON string.
     parts: list[bytes] = []
+    read = behind = 0
     while data := source.read(CHUNK_BYTES):
-        first, *rest = data.split(b"\n")
-        parts.append(first)
-        if rest:
-            yield b"".join(parts)
-            yield from rest[:-1]
-            parts = [rest[-1]]
-    yield b"".join(parts)
+        read += len(data)
+        *whole, last = data.split(b"\n")
+        for end in whole:
+            line, parts = b"".join((*parts, end)), []
+            behind += len(line) + 1
+            yield line, behind / read
+        parts.append(last)
+    yield b"".join(parts), 1.0
 
 
 def _not_json(error: ValueError | RecursionError, line: int = 1) -> str:

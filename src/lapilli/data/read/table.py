@@ -7,14 +7,18 @@ record names their cells; a picture whose bytes are missing is the path beside t
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from lapilli.base.errors import DataError
+from lapilli.base.progress import size_text
 from lapilli.data.read import shapes
+from lapilli.data.read.position import Spot
 from lapilli.data.read.record import Placement, RawRecord
 from lapilli.data.read.webdataset import picture_root
 from lapilli.data.sample import Sample
@@ -23,9 +27,13 @@ from lapilli.data.tables import ArrowTable, ParquetTable, is_binary, is_list, is
 if TYPE_CHECKING:
     import pyarrow
 
+log = logging.getLogger(__name__)
+
 BATCH_ROWS = 500
 PICTURE_ROWS = 20
 """Rows read at a time where their pictures are read with them."""
+LARGE_GROUP_BYTES = 64_000_000
+"""Pictures in one row group from which on reading them in another order is worth a word."""
 _TURNS = ("conversations", "messages", "texts")
 """Fields that hold turns; they may be JSON text, or, as older `datasets` store them, an object of lists."""
 
@@ -49,6 +57,8 @@ class TableReader:
             raise DataError(f'{files[0]}: column "{bad[0]}" has a name that no path can hold; rename it')
         name = "parquet" if isinstance(table, ParquetTable) else "arrow"
         inside = any(_holds_bytes(field.type) for field in table.schema) and not _only_paths(table)
+        if inside:
+            _say_what_shuffling_costs(files)
         root = picture_root(files, images) if inside else images or folder
         return cls(tuple(files), root, name)
 
@@ -56,17 +66,39 @@ class TableReader:
     def files(self) -> list[str]:
         return list(self.paths)
 
-    def records(self) -> Iterator[RawRecord]:
+    def records(self, spot: Spot | None = None) -> Iterator[RawRecord]:
         root = os.path.realpath(self.images or os.curdir)
-        for path in self.paths:
+        for place, path in enumerate(self.paths):
             inside = os.path.relpath(os.path.realpath(path), root)
             prefix = f"{os.path.basename(path)}:" if len(self.paths) > 1 else ""
-            for number, value in enumerate(_rows(open_table(path), inside), 1):
+            table = open_table(path)
+            for number, value in enumerate(_rows(table, inside), 1):
                 value.setdefault("id", f"{prefix}{number}")
+                if spot is not None:
+                    spot.at(place, number / table.rows)
                 yield RawRecord(path, number, value)
 
     def parse(self, raw: RawRecord, placement: Placement = "keep") -> Sample:
         return shapes.parse(raw, placement)
+
+
+def _say_what_shuffling_costs(files: Sequence[str]) -> None:
+    """Say it where the row groups of the largest file are large; training reads its pictures in another order."""
+    file = max(files, key=os.path.getsize)
+    with suppress(DataError):  # reading it will say what is wrong
+        table = open_table(file)
+        if isinstance(table, ParquetTable):
+            columns = [field.name for field in table.schema if _holds_bytes(field.type)]
+            size, rows = table.largest_group(columns)
+            if size > LARGE_GROUP_BYTES:
+                log.warning(
+                    "%s: its row groups hold up to %s of pictures (%s rows), and in shuffled order each picture costs "
+                    "the decoding of a whole group; write the file anew in groups of 100 rows (pyarrow: "
+                    "write_table(..., row_group_size=100)), or run `lapilli data prepare --embed-images` on it",
+                    file,
+                    size_text(size),
+                    f"{rows:,}",
+                )
 
 
 def _rows(table: ArrowTable | ParquetTable, inside: str) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,7 @@ from typing import Any
 from lapilli.base.errors import DataError
 from lapilli.data.archive import read_range
 from lapilli.data.read import shapes
+from lapilli.data.read.position import Spot
 from lapilli.data.read.record import Placement, RawRecord
 from lapilli.data.sample import Sample
 from lapilli.data.tar import TarMember, tar_members
@@ -52,13 +53,15 @@ class WebDatasetReader:
     def files(self) -> list[str]:
         return list(self.paths)
 
-    def records(self) -> Iterator[RawRecord]:
+    def records(self, spot: Spot | None = None) -> Iterator[RawRecord]:
         root = os.path.realpath(self.images or os.curdir)
-        for path in self.paths:
+        for place, path in enumerate(self.paths):
             inside = os.path.relpath(os.path.realpath(path), root)
             number = 0
             for key, members in _groups(path):
                 number += 1
+                if spot is not None:
+                    spot.reach(place, max(member.offset + member.size for member in members.values()))
                 yield _record(path, inside, number, key, members)
             if not number:
                 raise DataError(f"{path}: the shard holds no record: no member's name has a key and a field (000.json)")
