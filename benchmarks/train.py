@@ -83,7 +83,7 @@ def run_lapilli(work: Path, number: int, tokens: int) -> Timing:
     recipe = work / "recipe.yaml"
     recipe.write_text(
         "model: model\nout: run\ndata:\n  train: {path: data.json, images: images}\n  placement: front\n"
-        f"train: {{freeze: freeze_vision, global_batch_size: {BATCH}, learning_rate: 2.0e-5,\n"
+        f"  index: index\ntrain: {{freeze: freeze_vision, global_batch_size: {BATCH}, learning_rate: 2.0e-5,\n"
         f"        tokens_per_micro_batch: {tokens}}}\n"
         "run: {precision: fp32, device: cpu}\n"
     )

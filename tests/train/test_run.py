@@ -62,7 +62,7 @@ def test_a_run_folder_holds_what_it_promises(recipe_file):
     )  # fmt: skip
     assert (outcome.step, outcome.total_steps, outcome.stopped_by) == (8, 8, None)
     names = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
-    assert names == {"recipe.yaml", "run.json", "metrics.jsonl", "checkpoints", "model", "report.html", "index"}
+    assert names == {"recipe.yaml", "run.json", "metrics.jsonl", "checkpoints", "model", "report.html"}
     rows = read_metrics(folder / "metrics.jsonl")
     assert [r["step"] for r in rows] == list(range(1, 9))
     assert {*LEARNED, "seconds", "wait_seconds", "padding"} <= rows[0].keys()
@@ -361,7 +361,6 @@ def test_a_run_goes_on_without_bad_records_and_lists_them(recipe_file, own_pictu
     pictures[0].unlink()
     _, outcome, _ = train(path, "out=first", *keep, "train.max_steps=1")  # the index is made here
     pictures[1].write_bytes(pictures[1].read_bytes()[:60])
-    shutil.copytree("first/index", "second/index")
     folder, outcome, _ = train(path, "out=second", *keep, "train.save_every=1")
     assert outcome.step == 8
     listed = [json.loads(line)["what"] for line in (folder / "left_out.jsonl").read_text().splitlines()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,11 +82,13 @@ def check(
         from lapilli.data.doctor.html import html_report
 
         try:
-            atomic_write(html, html_report(diagnosis, batch_size))
+            atomic_write(html, html_report([("", diagnosis, ())], batch_size))
         except OSError as error:
             raise RecipeError(f"--html {html}: can't write it ({error.strerror})") from error
     if as_json:
-        typer.echo(json.dumps(diagnosis.as_json(batch_size)))
+        for piece in diagnosis.json_pieces(batch_size):
+            typer.echo(piece, nl=False)
+        typer.echo()
     else:
         from lapilli.data.doctor.text import print_report
 

@@ -31,6 +31,11 @@ class Corpus(Protocol):
     @property
     def index(self) -> DataIndex: ...
     @property
+    def kept(self) -> str:
+        """Where the index is kept, and since when; empty if it is not."""
+        ...
+
+    @property
     def sources(self) -> np.ndarray:
         """Number of each conversation's source (n,)."""
         ...
@@ -59,6 +64,7 @@ class RecordCorpus:
 
     samples: SampleStore
     index: DataIndex
+    kept: str = ""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -87,6 +93,9 @@ class RecordCorpus:
 
 class PreparedCorpus:
     """Rows of prepared folders. `rows` (n,) are their places in the folders of their `sources` (n,)."""
+
+    kept = ""
+    """The folders are their own index."""
 
     def __init__(
         self, stores: Sequence[PreparedStore], sources: np.ndarray, rows: np.ndarray, index: DataIndex
@@ -144,7 +153,9 @@ def open_prepared(sources: Sequence[Source], encoders: Sequence[Encoder]) -> Pre
     ]
     stamp = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     kept = np.concatenate(numbers)
-    index = DataIndex(stamp, len(kept), kept, *columns, words=np.zeros_like(columns[0]), sizes=np.concatenate(sizes))
+    index = DataIndex(
+        stamp, "", len(kept), kept, *columns, words=np.zeros_like(columns[0]), sizes=np.concatenate(sizes)
+    )
     if not len(index):
         raise DataError(f"{', '.join(source.path for source in sources)}: no rows to train on")
     return PreparedCorpus(stores, np.concatenate(places), np.concatenate(rows), index)

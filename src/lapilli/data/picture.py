@@ -47,8 +47,8 @@ def open_image(
     `where` names the record in errors. Raises DataError for a missing, truncated or foreign file, a path outside
     `root`, or a picture over the limits.
     """
-    with _opened(image, root, limits or ImageLimits(), where) as (picture, _, name):
-        _decode(picture, name)
+    with opened(image, root, limits or ImageLimits(), where) as (picture, _, name):
+        decode(picture, name)
         return to_rgb(picture)
 
 
@@ -60,10 +60,10 @@ def image_size(
     Half a file is found too: one that lacks its format's end is decoded, and Pillow decides. Damage inside a file that
     has its end is found when it is decoded.
     """
-    with _opened(image, root, limits or ImageLimits(), where) as (picture, stream, name):
+    with opened(image, root, limits or ImageLimits(), where) as (picture, stream, name):
         size = picture.size
-        if not _has_end(picture.format, stream):
-            _decode(picture, name)
+        if not has_end(picture.format, stream):
+            decode(picture, name)
         return size
 
 
@@ -111,12 +111,15 @@ def _name(path: str | None, where: str) -> str:
 
 
 @contextmanager
-def _opened(
+def opened(
     image: Image, root: str | Path | None, limits: ImageLimits, where: str
 ) -> Iterator[tuple[PIL.Image.Image, IO[bytes], str]]:
-    """Open a picture lazily after all checks that need no decoding; yields it, its file and its name for errors."""
+    """Open a picture lazily after all checks that need no decoding; yields it, its file and its name for errors.
+
+    Raises DataError as `open_image` does, but for damage that only decoding finds.
+    """
     name = _name(image.path if image.data is None else None, where)
-    with _stream(image, root, limits, where, name) as stream:
+    with opened_file(image, root, limits, where, name) as stream:
         picture = _read_header(stream, name)
         width, height = picture.size
         if width < 1 or height < 1:
@@ -130,7 +133,10 @@ def _opened(
 
 
 @contextmanager
-def _stream(image: Image, root: str | Path | None, limits: ImageLimits, where: str, name: str) -> Iterator[IO[bytes]]:
+def opened_file(
+    image: Image, root: str | Path | None, limits: ImageLimits, where: str, name: str
+) -> Iterator[IO[bytes]]:
+    """The bytes of a picture's file, wherever it lies, after it was measured. `name` is what errors call it."""
     if image.data is not None:
         _check_bytes(len(image.data), limits, name)
         yield io.BytesIO(image.data)
@@ -170,7 +176,7 @@ def _member(real: str, limits: ImageLimits, name: str) -> bytes:
         raise DataError(f"{name}: {error}") from error
 
 
-def _has_end(kind: str | None, stream: IO[bytes]) -> bool:
+def has_end(kind: str | None, stream: IO[bytes]) -> bool:
     """Whether the file ends as its format's files do; False also where that can't be told without decoding."""
     here, size = stream.tell(), stream.seek(0, os.SEEK_END)
     stream.seek(max(0, size - 32))
@@ -184,7 +190,8 @@ def _has_end(kind: str | None, stream: IO[bytes]) -> bool:
     return kind in ends and tail.rstrip(b"\0").endswith(ends[kind])
 
 
-def _decode(picture: PIL.Image.Image, name: str) -> None:
+def decode(picture: PIL.Image.Image, name: str) -> None:
+    """Decode a lazily opened picture. Raises DataError if it can't be."""
     try:
         picture.load()
     except (*_BROKEN, struct.error, zlib.error) as error:

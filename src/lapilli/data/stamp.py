@@ -1,8 +1,9 @@
 """What is known about a run's data, and the stamp under which it is kept.
 
-The stamp is a hash of everything that decides which tokens a record becomes: the data files' content, the tokenizer,
-the template, the image layout and the limits. Picture files are not hashed; a picture that changed is noticed by its
-size when it is decoded.
+An index is found by a hash of everything that decides which tokens a record becomes: the data files' content, the
+tokenizer, the template, the image layout and the limits. Picture files are not hashed: their folders are watched, and
+a picture that changed all the same is noticed by its size when it is decoded. The stamp, which a run records, is a hash
+of that and of what was found, so that a run never goes on with other data than it began with.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,18 @@ import numpy as np
 
 from lapilli.base.atomic import write_json
 from lapilli.base.errors import DataError
+from lapilli.data.cache import refusing
 from lapilli.data.encode import Encoder
 from lapilli.data.image import ImageLimits, ImageSpec
 from lapilli.data.read.record import Reader
 from lapilli.recipe.schema import Source
 
-VERSION = 3
+VERSION = 4
 """Raised when the same data would be indexed differently, so that old indexes are made again."""
 
 _ABOUT = "about.json"
 _ARRAYS = ("kept", "lengths", "supervised", "pictures", "words", "sizes")
+_STAMPED = ("kept", "lengths", "supervised", "pictures", "sizes")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class DataIndex:
     """
 
     stamp: str
+    inputs: str
+    """Hash of what decided it; see `hash_inputs`. Empty for prepared folders."""
     records: int
     kept: np.ndarray
     lengths: np.ndarray
@@ -103,7 +108,12 @@ class DataIndex:
         """Write the index into `folder` (NumPy arrays and JSON, no pickles)."""
         for name in _ARRAYS:
             np.save(Path(folder) / f"{name}.npy", getattr(self, name))
-        about = {"stamp": self.stamp, "records": self.records, "notes": [asdict(note) for note in self.notes]}
+        about = {
+            "stamp": self.stamp,
+            "inputs": self.inputs,
+            "records": self.records,
+            "notes": [asdict(note) for note in self.notes],
+        }
         (Path(folder) / _ABOUT).write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
@@ -111,18 +121,34 @@ class DataIndex:
         """Map the index that `save` left in `folder`. Raises OSError, ValueError, KeyError or TypeError if damaged."""
         about = json.loads((Path(folder) / _ABOUT).read_text(encoding="utf-8"))
         arrays = {n: np.load(Path(folder) / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in _ARRAYS}
-        found = cls(about["stamp"], about["records"], notes=tuple(Note(**note) for note in about["notes"]), **arrays)
+        found = cls(
+            about["stamp"],
+            about["inputs"],
+            about["records"],
+            notes=tuple(Note(**note) for note in about["notes"]),
+            **arrays,
+        )
         if len({len(arrays[name]) for name in _ARRAYS[:-1]}) != 1 or len(found.sizes) != found.pictures.sum():
             raise ValueError("its arrays are of different lengths")
         return found
 
 
-def index_folder(cache: str | Path, stamp: str) -> Path:
-    """Where in the folder `cache` the index of this stamp is kept."""
-    return Path(cache) / f"index-{stamp[:24]}"
+def index_folder(cache: str | Path, inputs: str, readers: Sequence[Reader]) -> Path:
+    """Where in the folder `cache` the index of these inputs is kept: messages name its files, so each place has one."""
+    places = [[os.path.realpath(file) for file in reader.files] for reader in readers]
+    name = hashlib.sha256(json.dumps([inputs, places]).encode("utf-8", "surrogatepass")).hexdigest()
+    return Path(cache) / f"index-{name[:24]}"
 
 
-def make_stamp(
+def stamp_of(inputs: str, arrays: Mapping[str, np.ndarray]) -> str:
+    """Hash what decides an index, and what was found: which records are used, and what is counted of them."""
+    hashed = hashlib.sha256(inputs.encode())
+    for name in _STAMPED:
+        hashed.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return hashed.hexdigest()
+
+
+def hash_inputs(
     sources: Sequence[Source],
     readers: Sequence[Reader],
     encoders: Sequence[Encoder],
@@ -131,10 +157,12 @@ def make_stamp(
     limits: ImageLimits,
     max_bad_ratio: float = 0.0,
     cache: str | Path | None = None,
+    keep: bool = True,
 ) -> str:
     """Hash what decides the index. Raises DataError if a data file can't be read.
 
-    `cache` is a folder that remembers the files' hashes, so that a gigabyte is not read again at every start.
+    `cache` is a folder that remembers the files' hashes, so that a gigabyte is not read again at every start; with
+    `keep` new ones are written to it.
     """
     hashes = FileHashes(cache)
     encoder = encoders[0]
@@ -158,7 +186,8 @@ def make_stamp(
         "max_bad_ratio": max_bad_ratio,
         "limits": [limits.max_pixels, limits.max_bytes],
     }
-    hashes.save()
+    if keep:
+        hashes.save()
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -179,13 +208,8 @@ class FileHashes:
 
     def __init__(self, cache: str | Path | None) -> None:
         self._file = None if cache is None else Path(cache) / "hashes.json"
-        self._known: dict[str, list[Any]] = {}
-        self._new = False
-        if self._file is not None and self._file.is_file():
-            try:
-                self._known = dict(json.loads(self._file.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError) as error:
-                raise DataError(f"{self._file}: damaged ({error}); delete it and it is made again") from error
+        self._known = self._read()
+        self._new: dict[str, list[Any]] = {}
 
     def of(self, path: str) -> str:
         """SHA-256 of a file's content in hexadecimal. Raises DataError if it can't be read."""
@@ -201,11 +225,23 @@ class FileHashes:
         except OSError as error:
             raise DataError(f"{path}: can't read it ({error.strerror})") from error
         if time.time() - facts.st_mtime > self.SETTLED_SECONDS:
-            self._known[name], self._new = [*state, found], True
+            self._known[name] = self._new[name] = [*state, found]
         return found
 
     def save(self) -> None:
-        """Write what is new into the folder."""
+        """Add what is new to what the folder has by now. Raises DataError if it can't be written.
+
+        Another process may do so at the same time; what is lost is found out again.
+        """
         if self._file is not None and self._new:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._file, self._known)
+            with refusing(self._file.parent):
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(self._file, self._read() | self._new)
+
+    def _read(self) -> dict[str, list[Any]]:
+        if self._file is None or not self._file.is_file():
+            return {}
+        try:
+            return dict(json.loads(self._file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{self._file}: damaged ({error}); delete it and it is made again") from error

@@ -208,7 +208,7 @@ def _absolute(tree: Tree, path: Path, *below: str) -> str | None:
 
 def _absolute_paths(stage: Tree) -> None:
     """Make every path of a stage absolute, relative ones against the folder of where they were written."""
-    places: list[Path] = [("model",), ("out",), ("data", "images")]
+    places: list[Path] = [("model",), ("out",), ("data", "images"), ("data", "index")]
     if str(stage.get(("data", "template"))).endswith((".yaml", ".yml")):
         places.append(("data", "template"))
     for split in ("train", "validation"):

@@ -89,6 +89,9 @@ class Data(Section):
     image_backend: Literal["exact", "fast"] | None = None
     """How pictures are resized: `exact` as PIL does, `fast` within 2/255 of it; null: the model folder's own. The
     exported model carries it."""
+    index: str | None = None
+    """Folder that keeps what is known of data, for all runs; null: `index` in the user's cache folder
+    (`$LAPILLI_CACHE`, else `$XDG_CACHE_HOME/lapilli` or `~/.cache/lapilli`)."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that read and tokenise; 0 reads in the training process."""
     max_image_pixels: Positive = 50_000_000

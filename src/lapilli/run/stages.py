@@ -7,7 +7,6 @@ recipe of several stages wherever it was stopped.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TextIO
 
 from lapilli.assemble.skeleton import skeleton
@@ -66,7 +65,7 @@ def check_later_stages(stages: list[Stage], resume: str, say: Say, stream: TextI
     started = {stages[0].out: str(stages[0].model)}
     made = {stages[0].out: reading(stages[0], *read_description(str(stages[0].model)))}
     for stage in stages[1:]:
-        folder = open_folder(stage, "auto" if resume == "auto" else "never")
+        open_folder(stage, "auto" if resume == "auto" else "never")
         before = made.get(stage.model)
         start = (before.exported, before.tokenizer) if before else read_description(str(stage.model))
         # Every stage changes weights only, so the model that the first of a chain starts from has its names.
@@ -77,10 +76,9 @@ def check_later_stages(stages: list[Stage], resume: str, say: Say, stream: TextI
             parts = None if model is None else make_trainable(model, stage, how)
         except RecipeError as error:
             raise RecipeError(f"stage {stage.name}: {error}") from error
-        cache = Path(folder.index) if write_index else None
         for what, sources in (("training", stage.data.train), ("validation", stage.data.validation)):
             if sources:
-                corpus = read_corpus(sources, stage, how, cache, stream)
+                corpus = read_corpus(sources, stage, how, write_index, stream)
                 say(describe_corpus(f"{what} data of stage {stage.name}", corpus))
         if parts is not None:
             say(describe_parts(parts))

@@ -3,7 +3,6 @@
     recipe.yaml     the resolved recipe, with the origin of every value
     run.json        the facts that an interrupted run and its continuation must share, and what the run was made with
     left_out.jsonl  the records that were dropped or shortened, one object each; only if there are any
-    index/          what is known of the data, by the hash of all that it depends on
     metrics.jsonl   one object per optimiser step
     checkpoints/    the state of the run
     model/          the trained model, written last: a folder with it is finished
@@ -28,11 +27,12 @@ from lapilli.train.state import complete_checkpoints
 MANIFEST = "run.json"
 LEFT_OUT = "left_out.jsonl"
 _UNTRAINED = {MANIFEST, LEFT_OUT, "index", "recipe.yaml"}
-"""Files of a run that has not trained yet: it may start again with another recipe."""
+"""Files of a run that has not trained yet: it may start again with another recipe. The index is there where
+`data.index` says so."""
 
 _FREE = {
     "train": {"tokens_per_micro_batch", "gradient_checkpointing", "validate_every", "save_every", "keep_checkpoints"},
-    "data": {"workers", "max_image_pixels", "max_image_bytes", "train", "validation", "images"},
+    "data": {"workers", "max_image_pixels", "max_image_bytes", "train", "validation", "images", "index"},
 }
 """Keys that may differ when a run goes on. Data files are compared by what they hold, by the index's stamp."""
 
@@ -51,10 +51,6 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
-
-    @property
-    def index(self) -> Path:
-        return self.path / "index"
 
     @property
     def model(self) -> Path:

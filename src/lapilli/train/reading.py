@@ -15,6 +15,7 @@ from lapilli.assemble.folder import FolderSpec, read_spec
 from lapilli.assemble.load import load, model_folder
 from lapilli.base.errors import DataError, RecipeError, RunError
 from lapilli.base.layout import ImageLayout, ImageMode
+from lapilli.data.cache import index_root
 from lapilli.data.check import index
 from lapilli.data.corpus import Corpus
 from lapilli.data.encode import Encoder
@@ -126,16 +127,20 @@ def check_files(stages: Sequence[Stage]) -> None:
 
 
 def read_corpus(
-    sources: Sequence[Source], stage: Stage, how: Reading, cache: Path | None, stream: TextIO | None = None
+    sources: Sequence[Source], stage: Stage, how: Reading, write_index: bool, stream: TextIO | None = None
 ) -> Corpus:
-    """Index and check the sources as the stage reads them. Raises BadData with every problem of every record."""
+    """Index and check the sources as the stage reads them. Raises BadData with every problem of every record.
+
+    An index that is kept already is opened; one that is made is kept only with `write_index`.
+    """
     return index(
         sources,
         how.encoders(stage, sources),
         how.spec.image,
         placement=stage.data.placement,
         limits=limits(stage),
-        cache=cache,
+        cache=index_root(stage.data.index),
+        keep=write_index,
         workers=stage.data.workers,
         max_bad_ratio=stage.data.max_bad_ratio if stage.data.bad_records == "quarantine" else 0.0,
         stream=stream,

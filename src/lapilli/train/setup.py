@@ -64,13 +64,12 @@ def prepare(stage: Stage, resume: str, say: Say, stream: TextIO | None = None, *
     _settle(stage, device)
     # 3. Names and shapes that the model's folder gives: template, image mode, tokenizer.
     how = reading(stage, *read_description(str(stage.model)))
-    # 4. All data, every record of it; what is found is kept in the run folder.
-    cache = folder.index if write_index else None
-    corpus = read_corpus(stage.data.train, stage, how, cache, stream)
+    # 4. All data, every record of it; what is found is kept for the next run that reads them so.
+    corpus = read_corpus(stage.data.train, stage, how, write_index, stream)
     say(describe_corpus("training data", corpus))
     validation = None
     if stage.data.validation:
-        validation = read_corpus(stage.data.validation, stage, how, cache, stream)
+        validation = read_corpus(stage.data.validation, stage, how, write_index, stream)
         say(describe_corpus("validation data", validation))
     # 5. What each step is made of.
     loader = training_loader(stage, how, corpus, stage.data.train)
@@ -196,6 +195,8 @@ def describe_corpus(what: str, corpus: Corpus) -> str:
         f"{what}: {facts['samples']:,} conversations, {facts['pictures']:,} pictures, {facts['tokens']:,} tokens "
         f"({facts['supervised_tokens']:,} supervised), longest {facts['longest_tokens']:,}"
     ]
+    if corpus.kept:
+        lines.append(f"  data index: {corpus.kept}")
     if facts["dropped"]:
         lines.append(f"  {facts['dropped']:,} of {facts['records']:,} records dropped")
     for kind, count in corpus.index.note_counts().items():

@@ -57,8 +57,8 @@ def look(train, validation=(), **options):
 def found(diagnosis):
     """{code: the records that have it}"""
     return {
-        code: sorted({p.where.rpartition("(id ")[2].rstrip(")") for p in problems})
-        for code, problems in diagnosis.by_reason.items()
+        code: sorted({p.where.rpartition("(id ")[2].rstrip(")") for p in diagnosis.findings.of(code)})
+        for code in diagnosis.findings.codes
     }
 
 
@@ -66,7 +66,7 @@ def test_good_data_is_good(folder):
     source = write(folder, [record(f"r{i}", f"{i}.jpg") for i in range(6)] + [record("text", answer="No picture.")])
     diagnosis = look(source)
     assert diagnosis.ok
-    assert not diagnosis.problems
+    assert not len(diagnosis.findings)
     assert diagnosis.pictures_per_sample() == {0: 1, 1: 6}
     assert diagnosis.modalities() == {"text only": 1, "one picture": 6}
     assert diagnosis.picture_facts() == {"modes": {"RGB": 6}, "formats": {"JPEG": 6}}
@@ -101,7 +101,7 @@ def test_every_fault_is_filed_under_its_reason(folder):
     diagnosis = look(write(folder, list(records.values())), limits=ImageLimits(max_pixels=19_999))
     expected = {code: [code] for code in records if code != "truncated_2"}
     assert found(diagnosis) == expected | {"truncated": ["truncated", "truncated_2"]}
-    assert len(diagnosis.bad) == len(records) - 1  # an animated picture can be used
+    assert diagnosis.bad == len(records) - 1  # an animated picture can be used
     assert not diagnosis.ok
 
 
@@ -122,8 +122,8 @@ def test_all_that_is_wrong_with_a_record_is_listed(folder):
     wrong = record("two", ["gone.jpg", "lost.jpg"])
     wrong["conversations"][0]["value"] = "<image><image> Which?"
     diagnosis = look(write(folder, [wrong]))
-    assert [p.message.split('"')[1] for p in diagnosis.problems] == ["gone.jpg", "lost.jpg"]
-    assert diagnosis.counted("missing") == 1
+    assert [p.message.split('"')[1] for p in diagnosis.findings.in_order()] == ["gone.jpg", "lost.jpg"]
+    assert diagnosis.findings.records("missing") == diagnosis.bad == 1
 
 
 def test_damage_inside_a_whole_file_needs_full_decoding(folder):
@@ -165,7 +165,7 @@ def test_duplicates_and_leaks_go_by_content_and_not_by_name(folder, decode):
         "leak": ["leaked"],
         "leaked_picture": ["asked"],
     }
-    assert [p.message.endswith("(id first)") for p in diagnosis.by_reason["duplicate"]] == [True]
+    assert [p.message.endswith("(id first)") for p in diagnosis.findings.of("duplicate")] == [True]
     assert not diagnosis.ok  # a leak spoils the validation
 
 
@@ -175,10 +175,10 @@ def test_lengths_are_those_that_training_sees(world, make_encoder, make_spec):
     diagnosis = look(world, encoder=encoder, spec=spec)
     assert diagnosis.ok
     assert diagnosis.lengths.tolist() == corpus.index.lengths.tolist()
-    assert [r.supervised for r in diagnosis.usable] == corpus.index.supervised.tolist()
+    assert diagnosis.usable.supervised.tolist() == corpus.index.supervised.tolist()
     longest = int(diagnosis.lengths.max())
     short = look(world, encoder=make_encoder(max_length=longest - 1), spec=spec)
-    assert short.counted("too_long") == int((diagnosis.lengths == longest).sum())
+    assert short.findings.records("too_long") == int((diagnosis.lengths == longest).sum())
 
 
 def test_padding_is_counted_as_a_loader_pads(world, make_encoder, make_spec):
@@ -208,8 +208,10 @@ def test_processes_find_what_one_finds(world, monkeypatch):
     records.append(records[0])
     Path(world.path).write_text(json.dumps(records))
     alone, shared = look(world, workers=0), look(world, workers=2)
-    assert alone.problems == shared.problems
-    assert alone.usable == shared.usable
+    assert list(alone.findings.in_order()) == list(shared.findings.in_order())
+    for name in ("number", "words", "identities", "picture_keys", "kind"):
+        assert np.array_equal(getattr(alone.usable, name), getattr(shared.usable, name))
+    assert [alone.usable.where(i) for i in range(22)] == [shared.usable.where(i) for i in range(22)]
 
 
 def test_a_killed_process_is_reported_and_does_not_hang(world, monkeypatch):
@@ -260,7 +262,7 @@ def test_other_formats_become_llava_json(folder, tmp_path):
     write_clean(look(source), [source], tmp_path / "out", stream=io.StringIO())
     again = look(Source(path=str(tmp_path / "out" / "chat.json")))
     assert again.ok
-    assert [r.key for r in again.usable] == [r.key for r in look(source).usable]
+    assert again.usable.keys.tolist() == look(source).usable.keys.tolist()
 
 
 def test_pictures_inside_records_become_files(tmp_path):
@@ -284,10 +286,8 @@ def test_pictures_inside_records_become_files(tmp_path):
     for record, data in zip(json.loads(Path(file.path).read_text()), stored, strict=False):
         assert (Path(file.images) / record["image"]).read_bytes() == data
     again = look(Source(path=file.path, images=file.images))
-    assert [r.key for r in again.usable] == [r.key for r in diagnosis.usable[:2]]
-    assert [p.key for r in again.usable for p in r.pictures] == [
-        p.key for r in diagnosis.usable[:2] for p in r.pictures
-    ]
+    assert again.usable.keys.tolist() == diagnosis.usable.keys[:2].tolist()
+    assert again.usable.picture_keys.tolist() == diagnosis.usable.picture_keys[:2].tolist()
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
@@ -311,9 +311,9 @@ def test_damaged_files_end_in_a_finding(tmp_path_factory, noise, place):
         diagnosis = look(Source(path=str(folder / "chat.json"), images=str(folder)))
     except DataError:
         return
-    html_report(diagnosis, 16).encode()
-    assert set(diagnosis.by_reason) <= set(REASONS)
-    json.dumps(diagnosis.as_json())
+    html_report([("", diagnosis, ())], 16).encode()
+    assert set(diagnosis.findings.codes) <= set(REASONS)
+    json.loads("".join(diagnosis.json_pieces()))
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -5,15 +5,18 @@ Everything here is computed from findings alone, so a report in any form says th
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import json
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from lapilli.data.doctor.columns import Columns
+from lapilli.data.doctor.findings import Findings
 from lapilli.data.doctor.reasons import REASONS
-from lapilli.data.doctor.record import Problem, RecordFacts
 from lapilli.data.order import epoch_order
 
 BARS = 20
@@ -54,46 +57,35 @@ class Padding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All findings. `usable` records would train; `problems` are in the order of the data."""
+    """All findings. `usable` records would train; `with_model` says that their lengths are in tokens."""
 
     parts: tuple[Part, ...]
-    usable: tuple[RecordFacts, ...]
-    problems: tuple[Problem, ...]
+    usable: Columns
+    findings: Findings
     decode: str
     max_length: int | None
     with_model: bool
     seconds: float
+    open_ends: tuple[str, ...] = ()
 
     @property
     def records(self) -> int:
         return sum(part.records for part in self.parts)
 
-    @cached_property
-    def bad(self) -> frozenset[tuple[int, int]]:
-        """(source, number) of every record that must not be trained on."""
-        return frozenset((p.source, p.number) for p in self.problems if REASONS[p.code].level == "bad")
+    @property
+    def bad(self) -> int:
+        """How many records must not be trained on."""
+        return self.findings.bad
 
     @property
     def ok(self) -> bool:
         """Whether training could start with this data as it is."""
-        return not self.bad and bool(self.usable)
-
-    @cached_property
-    def by_reason(self) -> dict[str, list[Problem]]:
-        """Problems by reason, in the order of REASONS; reasons without any are left out."""
-        found: dict[str, list[Problem]] = defaultdict(list)
-        for problem in self.problems:
-            found[problem.code].append(problem)
-        return {code: found[code] for code in REASONS if code in found}
-
-    def counted(self, code: str) -> int:
-        """How many records have at least one problem of this kind."""
-        return len({(p.source, p.number) for p in self.by_reason.get(code, ())})
+        return not self.bad and bool(len(self.usable))
 
     @property
     def not_checked(self) -> tuple[str, ...]:
         """What this examination leaves open, and how to close it."""
-        open_ends = []
+        open_ends = list(self.open_ends)
         if not self.with_model:
             open_ends.append(
                 "lengths are in words: tokens, max_length and the template are checked with --model FOLDER"
@@ -105,17 +97,16 @@ class Diagnosis:
         return tuple(open_ends)
 
     @cached_property
-    def trained(self) -> tuple[RecordFacts, ...]:
-        """Good training records: those that the numbers below are about."""
-        return tuple(
-            r for r in self.usable if self.parts[r.source].split == "train" and (r.source, r.number) not in self.bad
-        )
+    def trained(self) -> np.ndarray:
+        """(n,) bool: the good training records, which the numbers below are about."""
+        train = np.array([part.split == "train" for part in self.parts], dtype=bool)
+        return train[self.usable.source] & ~self.usable.leaked
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """(n,) int64 in `unit`."""
-        values = ((r.length if self.with_model else r.words) for r in self.trained)
-        return np.fromiter(values, dtype=np.int64, count=len(self.trained))
+        values = self.usable.length if self.with_model else self.usable.words
+        return values[self.trained].astype(np.int64)
 
     @property
     def unit(self) -> str:
@@ -131,7 +122,8 @@ class Diagnosis:
         return [(i * width, (i + 1) * width, int(count)) for i, count in enumerate(counts, first)]
 
     def pictures_per_sample(self) -> dict[int, int]:
-        return dict(sorted(Counter(len(r.pictures) for r in self.trained).items()))
+        values, counts = np.unique(self.usable.pictures[self.trained], return_counts=True)
+        return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
     def modalities(self) -> dict[str, int]:
         """Samples by what they hold."""
@@ -142,17 +134,21 @@ class Diagnosis:
 
     def picture_facts(self) -> dict[str, dict[str, int]]:
         """Pictures of usable training samples by mode and by format."""
-        pictures = [p for r in self.trained for p in r.pictures]
+        of_trained = self.usable.kind[self.trained[self.usable.record_of_picture]]
+        modes, formats = Counter[str](), Counter[str]()
+        for (mode, kind), count in zip(self.usable.kinds, np.bincount(of_trained).tolist(), strict=False):
+            modes[mode] += count
+            formats[kind] += count
         return {
-            "modes": dict(Counter(p.mode for p in pictures).most_common()),
-            "formats": dict(Counter(p.format for p in pictures).most_common()),
+            name: {key: count for key, count in counts.most_common() if count}
+            for name, counts in (("modes", modes), ("formats", formats))
         }
 
     def padding(self, batch_size: int = 16) -> Padding | None:
         """What padding would cost; None without token lengths. Packed batches compute `tokens` positions."""
         if not self.with_model or not len(self.lengths):
             return None
-        signed = np.where([bool(r.pictures) for r in self.trained], self.lengths, -self.lengths)
+        signed = np.where(self.usable.pictures[self.trained] > 0, self.lengths, -self.lengths)
         n = len(self.lengths)
         grouped = epoch_order(n, 0, 0, "modality_groups_llava", lengths=signed.tolist(), batch_size=batch_size)
         return Padding(
@@ -162,13 +158,27 @@ class Diagnosis:
             _padded(self.lengths[grouped], batch_size),
         )
 
-    def as_json(self, batch_size: int = 16) -> dict[str, Any]:
-        """Everything, for other programs. `reasons` lists every record; numbers are about good training records."""
+    def json_pieces(self, batch_size: int = 16, **more: Any) -> Iterator[str]:
+        """One JSON object with everything, for other programs, piece by piece; `more` are further keys.
+
+        `reasons` lists every problem; numbers are about good training records.
+        """
+        yield json.dumps(self._numbers(batch_size) | more)[:-1] + ', "reasons": {'
+        for place, code in enumerate(self.findings.codes):
+            reason = REASONS[code]
+            about = {"title": reason.title, "level": reason.level, "records": self.findings.records(code)}
+            yield (", " if place else "") + f"{json.dumps(code)}: {json.dumps(about)[:-1]}, " + '"list": ['
+            for i, problem in enumerate(self.findings.of(code)):
+                yield (", " if i else "") + json.dumps({"where": problem.where, "message": problem.message})
+            yield "]}"
+        yield "}}"
+
+    def _numbers(self, batch_size: int) -> dict[str, Any]:
         padding = self.padding(batch_size)
         return {
             "ok": self.ok,
             "records": self.records,
-            "bad": len(self.bad),
+            "bad": self.bad,
             "decode": self.decode,
             "max_length": self.max_length,
             "seconds": round(self.seconds, 3),
@@ -177,15 +187,6 @@ class Diagnosis:
                 {"path": p.path, "split": p.split, "format": p.format, "images": p.images, "records": p.records}
                 for p in self.parts
             ],
-            "reasons": {
-                code: {
-                    "title": REASONS[code].title,
-                    "level": REASONS[code].level,
-                    "records": self.counted(code),
-                    "list": [{"where": p.where, "message": p.message} for p in problems],
-                }
-                for code, problems in self.by_reason.items()
-            },
             "lengths": {
                 "unit": self.unit,
                 "total": int(self.lengths.sum()),

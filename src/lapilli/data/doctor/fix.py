@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -66,10 +66,11 @@ def write_clean(
 
     Raises RunError if `out` exists, DataError if a source can't be read again.
     """
-    aside: dict[tuple[int, int], list[Problem]] = defaultdict(list)
-    for problem in diagnosis.problems:
-        if REASONS[problem.code].level == "bad" or (problem.code == "duplicate" and not keep_duplicates):
-            aside[problem.source, problem.number].append(problem)
+    aside = _Aside(
+        problem
+        for problem in diagnosis.findings.in_order()
+        if REASONS[problem.code].level == "bad" or (problem.code == "duplicate" and not keep_duplicates)
+    )
     names = _names(sources)
     with (
         atomic_folder(out) as folder,
@@ -78,8 +79,7 @@ def write_clean(
     ):
         files, quarantined = [], 0
         for place, (source, name) in enumerate(zip(sources, names, strict=True)):
-            of_source = {number: problems for (where, number), problems in aside.items() if where == place}
-            writer = _Writer(folder, name, of_source, quarantine)
+            writer = _Writer(folder, name, place, aside, quarantine)
             writer.copy(source, placement, progress)
             quarantined += writer.quarantined
             images = str(Path(out) / PICTURES / name) if writer.pictures_inside else open_source(source).images
@@ -87,11 +87,32 @@ def write_clean(
     return Fixed(tuple(files), quarantined)
 
 
-class _Writer:
-    """Writes the clean file of one source."""
+class _Aside:
+    """The problems of records that are set aside, taken in the order of the data."""
 
-    def __init__(self, folder: Path, name: str, aside: dict[int, list[Problem]], quarantine: IO[str]) -> None:
-        self.folder, self.name, self.aside, self.quarantine = folder, name, aside, quarantine
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self._records = groupby(problems, key=lambda problem: (problem.source, problem.number))
+        self._next: tuple[tuple[int, int], list[Problem]] | None = None
+        self._advance()
+
+    def take(self, source: int, number: int) -> list[Problem]:
+        """The problems of this record; none if it is good."""
+        if self._next is None or self._next[0] != (source, number):
+            return []
+        problems = self._next[1]
+        self._advance()
+        return problems
+
+    def _advance(self) -> None:
+        record = next(self._records, None)
+        self._next = None if record is None else (record[0], list(record[1]))
+
+
+class _Writer:
+    """Writes the clean file of one source, the `place`th."""
+
+    def __init__(self, folder: Path, name: str, place: int, aside: _Aside, quarantine: IO[str]) -> None:
+        self.folder, self.name, self.place, self.aside, self.quarantine = folder, name, place, aside, quarantine
         self.written = 0
         self.quarantined = 0
         self.pictures_inside: bool | None = None
@@ -104,22 +125,24 @@ class _Writer:
             file.write("[")
             try:
                 for number, raw in enumerate(reader.records(), 1):
-                    self._record(number, raw, file, reader.parse(raw, placement) if number not in self.aside else None)
+                    problems = self.aside.take(self.place, number)
+                    if problems:
+                        self._put_aside(raw, problems)
+                    else:
+                        self._record(number, raw, file, reader.parse(raw, placement))
                     progress.advance()
             except DataError as error:
-                if number + 1 not in self.aside:
+                problems = self.aside.take(self.place, number + 1)
+                if not problems:
                     raise DataError(f"{error}; it was readable a moment ago: check again") from error
-                self._put_aside(None, self.aside[number + 1])
+                self._put_aside(None, problems)
             file.write("\n]\n")
 
-    def _record(self, number: int, raw: RawRecord, file: IO[str], sample: Sample | None) -> None:
-        if sample is None:
-            self._put_aside(raw, self.aside[number])
-            return
+    def _record(self, number: int, raw: RawRecord, file: IO[str], sample: Sample) -> None:
         try:
             text = _dumps(self._value(raw, sample))
         except DataError as error:
-            self._put_aside(raw, [Problem(0, number, raw.where, "record", str(error))])
+            self._put_aside(raw, [Problem(self.place, number, raw.where, "record", str(error))])
             return
         file.write((",\n" if self.written else "\n") + text)
         self.written += 1

@@ -16,21 +16,31 @@ LISTED = 200
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 240, 58, 40, 12
 
 
-def html_report(diagnosis: Diagnosis, batch_size: int) -> str:
-    """A whole HTML document."""
+def html_report(checked: Sequence[tuple[str, Diagnosis, Sequence[str]]], batch_size: int) -> str:
+    """A whole HTML document about one or several examinations, each with its name and what is to be said of it."""
+    parts: list[Html] = []
+    for number, (name, diagnosis, said) in enumerate(checked):
+        heading = [tag("h1", name)] if name else []
+        lines = [tag("p", line, class_="soft") for line in said]
+        parts += [*heading, *lines, *_of_one(diagnosis, batch_size, f"{number}-")]
+    diagnoses = [diagnosis for _, diagnosis, _ in checked]
+    records, seconds = sum(d.records for d in diagnoses), sum(d.seconds for d in diagnoses)
+    how = ", ".join(dict.fromkeys(d.decode for d in diagnoses))
+    return page("Data check", *parts, lead=f"{records:,} records, pictures checked by {how}, {duration(seconds)}")
+
+
+def _of_one(diagnosis: Diagnosis, batch_size: int, prefix: str) -> list[Html]:
     colour = "good" if diagnosis.ok else "bad"
     parts = [tag("p", verdict(diagnosis).plain, class_=colour), _sources(diagnosis)]
-    if diagnosis.problems:
-        parts.append(_reasons(diagnosis))
+    if len(diagnosis.findings):
+        parts.append(_reasons(diagnosis, prefix))
     if len(diagnosis.lengths):
         parts += [_lengths(diagnosis), _pictures(diagnosis)]
         if lines := padding_lines(diagnosis, batch_size):
             parts.append(section("Padding", table(("batches", "what they compute"), lines)))
     if diagnosis.not_checked:
         parts.append(section("Not checked", *(tag("p", what, class_="soft") for what in diagnosis.not_checked)))
-    parts += [_list(diagnosis, code) for code in diagnosis.by_reason]
-    lead = f"{diagnosis.records:,} records, pictures checked by {diagnosis.decode}, {duration(diagnosis.seconds)}"
-    return page("Data check", *parts, lead=lead)
+    return parts + [_list(diagnosis, code, prefix) for code in diagnosis.findings.codes]
 
 
 def _sources(diagnosis: Diagnosis) -> Html:
@@ -38,21 +48,22 @@ def _sources(diagnosis: Diagnosis) -> Html:
     return section("Sources", table(("source", "used for", "format", "records", "pictures from"), rows))
 
 
-def _reasons(diagnosis: Diagnosis) -> Html:
+def _reasons(diagnosis: Diagnosis, prefix: str) -> Html:
     rows = []
-    for code in diagnosis.by_reason:
+    for code in diagnosis.findings.codes:
         reason = REASONS[code]
         level = tag("span", reason.level, class_="bad" if reason.level == "bad" else "soft")
-        rows.append((Html(f'<a href="#{code}">{reason.title}</a>'), level, diagnosis.counted(code)))
+        link = Html(f'<a href="#{prefix}{code}">{reason.title}</a>')
+        rows.append((link, level, diagnosis.findings.records(code)))
     return section("Findings", table(("what", "level", "records"), rows))
 
 
-def _list(diagnosis: Diagnosis, code: str) -> Html:
-    problems = diagnosis.by_reason[code]
-    rest = len(problems) - LISTED
+def _list(diagnosis: Diagnosis, code: str, prefix: str) -> Html:
+    findings = diagnosis.findings
+    rest = findings.problems(code) - LISTED
     more = tag("p", f"... and {rest:,} more", class_="soft") if rest > 0 else Html("")
-    rows = [(p.where, p.message) for p in problems[:LISTED]]
-    return tag("div", section(REASONS[code].title, table(("record", "problem"), rows), more), id=code)
+    rows = [(p.where, p.message) for p in findings.first(code, LISTED)]
+    return tag("div", section(REASONS[code].title, table(("record", "problem"), rows), more), id=f"{prefix}{code}")
 
 
 def _lengths(diagnosis: Diagnosis) -> Html:

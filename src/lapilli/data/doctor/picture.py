@@ -12,8 +12,7 @@ from hashlib import blake2b
 from typing import IO
 
 from lapilli.base.errors import DataError
-from lapilli.data import picture as files
-from lapilli.data.image import ImageLimits
+from lapilli.data.picture import ImageLimits, decode, has_end, opened, opened_file
 from lapilli.data.sample import Image
 
 ENDS_BYTES = 4096
@@ -49,24 +48,24 @@ def name_of(path: str | None) -> str:
 
 def look(image: Image, root: str | None, limits: ImageLimits, *, whole: bool) -> PictureFacts:
     """Open a picture, and with `whole` decode it. Raises DataError, with the picture's name in front."""
-    with files._opened(image, root, limits, "") as (picture, stream, name):
+    with opened(image, root, limits, "") as (picture, stream, name):
         kind, mode = picture.format or "?", picture.mode
         if mode in _NO_BRIGHTNESS:
             raise DataError(
                 f"{name}: a picture of mode {mode} (32 bits per pixel) has no defined brightness: save it with 8 bits"
             )
         (width, height), here = picture.size, stream.tell()
-        key, exact = _key(stream, whole)
+        key, exact = _key(stream, whole or image.data is not None)
         stream.seek(here)
         animated = kind not in _ONE_FRAME and bool(getattr(picture, "is_animated", False))
-        if whole or not files._has_end(picture.format, stream):
-            files._decode(picture, name)
+        if whole or not has_end(picture.format, stream):
+            decode(picture, name)
         return PictureFacts(image.path, width, height, mode, kind, animated, key, exact)
 
 
 def content_key(image: Image, root: str | None, limits: ImageLimits) -> bytes:
     """A hash of the whole file. Raises DataError if it can't be read."""
-    with files._stream(image, root, limits, "", name_of(image.path)) as stream:
+    with opened_file(image, root, limits, "", name_of(image.path)) as stream:
         return _key(stream, whole=True)[0]
 
 

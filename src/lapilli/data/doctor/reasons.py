@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["record", "picture", "encode"]
+Stage = Literal["record", "row", "picture", "encode"]
 Level = Literal["bad", "note"]
 
 
@@ -30,6 +30,9 @@ REASONS = {
         Reason("file", "bad", "file can't be read to its end"),
         Reason("json", "bad", "not JSON"),
         Reason("record", "bad", "a field is missing or of the wrong kind"),
+        Reason("row", "bad", "row of prepared data that does not hold together"),
+        Reason("vocabulary", "bad", "token ids outside the vocabulary"),
+        Reason("places", "bad", "picture places that are not a picture's"),
         Reason("counts", "bad", "placeholders and pictures differ in number"),
         Reason("roles", "bad", "unknown role, or roles in the wrong order"),
         Reason("empty", "bad", "empty answer or conversation"),
@@ -42,11 +45,13 @@ REASONS = {
         Reason("format", "bad", "not a picture in a known format"),
         Reason("oversized", "bad", "picture oversized"),
         Reason("mode", "bad", "picture of a wrong mode"),
+        Reason("changed", "bad", "picture has another size than when it was prepared"),
         Reason("picture", "bad", "picture can't be opened"),
         Reason("leak", "bad", "training record that is in the validation data too"),
         Reason("duplicate", "note", "the same conversation and pictures again"),
         Reason("leaked_picture", "note", "training picture that is in the validation data too"),
         Reason("animated", "note", "animated picture: its first frame is used"),
+        Reason("dropped", "note", "left out by data.too_long"),
         Reason("cut", "note", "part of the conversation is not used"),
     )
 }
@@ -59,6 +64,7 @@ _WORDS: dict[Stage, tuple[tuple[str, str], ...]] = {
         (r"unknown role|are both from the|system message", "roles"),
         (r"\bis empty\b", "empty"),
     ),
+    "row": (),
     "picture": (
         (r"there is no file|has no member|names no image folder", "missing"),
         (r"leaves the image folder", "outside"),

@@ -16,7 +16,7 @@ BAR_WIDTH = 32
 def report(diagnosis: Diagnosis, listed: int, batch_size: int) -> RenderableType:
     """What was read, what is wrong with up to `listed` records of each kind spelt out, and what the rest is like."""
     parts: list[RenderableType] = [_sources(diagnosis), Text("")]
-    if diagnosis.problems:
+    if len(diagnosis.findings):
         parts += [_reasons(diagnosis), *_lists(diagnosis, listed), Text("")]
     if len(diagnosis.lengths):
         parts += [_numbers(diagnosis, batch_size), Text(""), _histogram(diagnosis), Text("")]
@@ -38,7 +38,7 @@ def verdict(diagnosis: Diagnosis) -> Text:
     if not diagnosis.bad:
         return Text(f"there are no records ({spent})", style="bold red")
     return Text(
-        f"{len(diagnosis.bad):,} of {diagnosis.records:,} records can't be used ({spent}); "
+        f"{diagnosis.bad:,} of {diagnosis.records:,} records can't be used ({spent}); "
         "--fix FOLDER writes the others without them",
         style="bold red",
     )
@@ -53,20 +53,21 @@ def _sources(diagnosis: Diagnosis) -> Table:
 
 def _reasons(diagnosis: Diagnosis) -> Table:
     table = _table("records", "what is wrong or worth knowing", "")
-    for code in diagnosis.by_reason:
+    for code in diagnosis.findings.codes:
         reason = REASONS[code]
         style = "red" if reason.level == "bad" else "yellow"
-        table.add_row(f"{diagnosis.counted(code):,}", reason.title, Text(reason.level, style=style))
+        table.add_row(f"{diagnosis.findings.records(code):,}", reason.title, Text(reason.level, style=style))
     return table
 
 
 def _lists(diagnosis: Diagnosis, listed: int) -> list[RenderableType]:
     lines: list[RenderableType] = []
-    for code, problems in diagnosis.by_reason.items() if listed else ():
+    for code in diagnosis.findings.codes if listed else ():
         lines += [Text(""), Text(REASONS[code].title, style="bold")]
-        lines += [Text(f"  {p.where}: {p.message}") for p in problems[:listed]]
-        if len(problems) > listed:
-            lines.append(Text(f"  ... and {len(problems) - listed:,} more (--list N, --json)", style="dim"))
+        lines += [Text(f"  {p.where}: {p.message}") for p in diagnosis.findings.first(code, listed)]
+        rest = diagnosis.findings.problems(code) - listed
+        if rest > 0:
+            lines.append(Text(f"  ... and {rest:,} more (--list N, --json)", style="dim"))
     return lines
 
 
