@@ -31,6 +31,8 @@ def empty_model(auto: Any, config: PreTrainedConfig, where: Any) -> Any:
 def open_weights(name_or_path: str, part: str) -> Tensors:
     """The tensors of a part, under the names of its files. Raises ModelError if its weights can't be found."""
     folder = Path(name_or_path)
+    if open_clip.is_open_clip(folder):
+        return open_clip.open_encoder(folder)
     if folder.is_dir():
         return open_folder(folder)
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
