@@ -27,6 +27,10 @@ from lapilli.checkpoint.cerebras.tables import (
 _USUAL = {**MODEL_FIXED, "image_start_idx": 1}
 """Settings of training at the values that every configuration has."""
 
+_LANGUAGE_ELSEWHERE = {"nonlinearity", "rotary_dim", "attention_module", "extra_attention_params",
+                       "pos_scaling_factor", "pos_scaling_type", "pos_scaling_extra_args"}  # fmt: skip
+"""Keys of the language model that are carried in another form."""
+
 
 class FromCerebras(NamedTuple):
     """What a YAML configuration says: config.json of the model and of its encoder, and what could not be carried."""
@@ -177,8 +181,7 @@ def _text_from(text: Mapping[str, Any], left: list[str]) -> dict[str, Any]:
     if "num_kv_groups" in extra:
         made["num_key_value_heads"] = whole(f"{where}: num_kv_groups", extra.pop("num_kv_groups"))
     made["rope_scaling"] = _scaling_from(text)
-    known = {*LANGUAGE_KEYS.values(), *(set(LANGUAGE_FIXED) - OF_TRAINING), "nonlinearity", "rotary_dim",
-             "attention_module", "extra_attention_params", "pos_scaling_factor", "pos_scaling_type", "pos_scaling_extra_args"}  # fmt: skip
+    known = {*LANGUAGE_KEYS.values(), *(set(LANGUAGE_FIXED) - OF_TRAINING), *_LANGUAGE_ELSEWHERE}
     _leave(where, {k: v for k, v in text.items() if k not in known} | extra, left)
     return made
 
