@@ -15,7 +15,7 @@ import PIL.Image
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from lapilli.assemble import parts
+from lapilli.assemble import parts, projector
 from lapilli.assemble.folder import FolderSpec, joined_fields
 from lapilli.assemble.save import hf_image_processor, save
 from lapilli.assemble.vocabulary import Vocabulary, add_tokens, make_room
@@ -248,7 +248,8 @@ def _join(plan: _Plan) -> tuple[VisionLanguageModel, list[str]]:
     if options.dtype != "auto":
         model = model.to(dtype)  # type: ignore[arg-type]
     if options.projector_weights:
-        parts.load_projector(model.projector, Path(options.projector_weights))
+        path = Path(options.projector_weights)
+        notes += projector.fill(model, plan.tokenizer, path, im_start_end=options.im_start_end)
     return model.eval(), notes
 
 

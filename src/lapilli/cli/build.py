@@ -60,11 +60,12 @@ def build(
     }
     options = room.BuildOptions(**chosen)
     report = room.dry_run(options) if dry_run else room.build(options, out, lambda line: typer.echo(f"  {line} ..."))
-    _print(report, template)
+    print_report(report, template)
     typer.echo("nothing was written (dry run)" if dry_run else f"wrote {out}")
 
 
-def _print(report: Any, template: str) -> None:
+def print_report(report: Any, template: str) -> None:
+    """Print what was built, or would be."""
     from rich.console import Console
     from rich.table import Table
 
