@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lapilli.base.errors import ModelError
-from lapilli.generate.decoding import Answer, Decoding, Sampler, draw
+from lapilli.generate.decoding import Answer, Decoding, Draws, draw
 
 SCORES = torch.log(torch.tensor([0.5, 0.1, 0.3, 0.1]))
 
@@ -29,23 +29,26 @@ def test_a_tiny_temperature_is_greedy():
     assert frequencies(1e-30, None, draws=20)[0] == 1.0
 
 
-def test_rows_are_drawn_by_themselves():
-    scores = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
-    warm, greedy = Decoding(temperature=1.0, seed=5), Decoding()
-    together = Sampler([greedy, warm, warm])(torch.zeros(3, 0), scores)
-    assert torch.equal(together[0], scores[0])
-    for row in (1, 2):
-        alone = Sampler([warm])(torch.zeros(1, 0), scores[row : row + 1])
-        assert torch.equal(alone[0], together[row])
-        assert (together[row] > float("-inf")).sum() == 1
+def test_draws_of_a_seed_are_the_same_whatever_is_drawn_beside_them():
+    scores = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    warm = Decoding(temperature=1.0, seed=5)
+    assert Draws(Decoding()).choose(scores) is None
+    beside = Draws(Decoding(temperature=1.0, seed=6))
+    first, second = Draws(warm), Draws(warm)
+    drawn = [(first.choose(scores), beside.choose(scores)) for _ in range(5)]
+    assert [second.choose(scores) for _ in range(5)] == [mine for mine, _ in drawn]
+
+
+def test_top_k_keeps_the_likeliest_tokens():
+    generator = torch.Generator().manual_seed(0)
+    assert {draw(SCORES, 1.0, None, generator, top_k=2) for _ in range(200)} == {0, 2}
 
 
 def test_without_a_seed_draws_differ_and_the_global_state_is_left_alone():
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    scores = torch.zeros(1, 100_000)
-    chosen = {int(Sampler([Decoding(temperature=1.0)])(torch.zeros(1, 0), scores).argmax()) for _ in range(5)}
-    assert len(chosen) > 1
+    scores = torch.zeros(100_000)
+    assert len({Draws(Decoding(temperature=1.0)).choose(scores) for _ in range(5)}) > 1
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -57,6 +60,10 @@ def test_without_a_seed_draws_differ_and_the_global_state_is_left_alone():
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
+        ({"top_k": 0}, "top_k"),
+        ({"num_beams": 0}, "num_beams"),
+        ({"num_beams": 2, "temperature": 1.0}, "num_beams"),
+        ({"logprobs": 21}, "logprobs"),
     ],
 )
 def test_values_without_a_meaning_are_refused(fields, said):

@@ -1,95 +1,258 @@
-"""The engine: prepared prompts in, answers out, several at a time.
+"""The engine: prepared prompts in, answers out, many at a time.
 
-Evaluation, chat and serving share it. It batches prompts of similar length, padded on the left, and runs the language
-model's own `generate`; end tokens, stop strings, lengths, draws and cancelling are each prompt's own. Nothing is cut in
-silence: a prompt that does not fit is refused, an answer that ended early says why.
+Evaluation, chat and serving share it. Answers grow in slots, each beginning and ending by itself, where the language
+model's attention allows it; else in padded batches, said aloud. End tokens, stop strings, lengths, draws and
+cancelling are each prompt's own. Nothing is cut in silence: a prompt that does not fit is refused, an answer that
+ended early says why.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig
 
 from lapilli.assemble.load import Loaded
 from lapilli.base.errors import ModelError
-from lapilli.generate.decoding import Answer, Decoding, Finish, Sampler
-from lapilli.generate.padding import why_not_padded
-from lapilli.generate.processor import Processor, Prompt, collate
+from lapilli.generate.decoding import Answer, Decoding
+from lapilli.generate.growing import Growing
+from lapilli.generate.padding import answer_padded, why_not_padded
+from lapilli.generate.processor import Processor, Prompt
+from lapilli.generate.scheduler import LOOKAHEAD, Scheduler
+from lapilli.generate.slots_probe import why_not_slots
 from lapilli.generate.text import TextStream, Vocabulary
+from lapilli.model.language import native_attention, use_attention
 
 log = logging.getLogger(__name__)
 
 OnText = Callable[[int, str], None]
 Cancelled = Callable[[int], bool]
+Key = TypeVar("Key", bound=Hashable)
+
+_OF_SLOTS = frozenset(("repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty", "bad_words_ids",
+                       "min_length", "min_new_tokens", "forced_bos_token_id", "forced_eos_token_id", "sequence_bias",
+                       "begin_suppress_tokens", "guidance_scale", "renormalize_logits",
+                       "exponential_decay_length_penalty", "typical_p", "min_p", "penalty_alpha"))  # fmt: skip
+"""Settings of generation_config.json that change answers and that only transformers' own `generate` follows."""
 
 
 class Engine:
     """Answers prompts with one model.
 
     Settings of the folder's `generation_config.json` that are not about sampling (a repetition penalty, say) hold, as
-    they do in transformers.
+    they do in transformers. `memory_bytes` bounds the keys and values that are held at a time; by default a quarter of
+    the machine's memory, or half of what is free on the GPU.
     """
 
-    def __init__(self, loaded: Loaded, processor: Processor | None = None) -> None:
+    def __init__(self, loaded: Loaded, processor: Processor | None = None, *, memory_bytes: int | None = None) -> None:
         self.model = loaded.model
         self.processor = processor or Processor(loaded)
         self.stop = loaded.template.stop
         self.end_ids = _end_ids(loaded)
         self.context_tokens = _context_tokens(loaded.model.config.text_config)
+        self.memory_bytes = memory_bytes
         self._vocabulary = Vocabulary(loaded.tokenizer)
         self._known = loaded.tokenizer.get_vocab()
 
     @cached_property
+    def padded_because(self) -> str:
+        """Why answers can't grow in slots; empty if they can. Said once, as a warning."""
+        asked = _settings_of(self.model.language_model.generation_config)
+        reason = f"generation_config.json sets {', '.join(asked)}" if asked else why_not_slots(self.model.config)
+        if reason:
+            kind = self.model.config.text_config.model_type
+            log.warning("%s: no continuous batching (%s); prompts are answered in padded batches", kind, reason)
+        return reason
+
+    @cached_property
     def alone_because(self) -> str:
-        """Why only prompts of equal length may share a batch; empty if any may. Said once, as a warning."""
+        """Why only prompts of equal length may share a padded batch; empty if any may. Said once, as a warning."""
         reason = why_not_padded(self.model.config.text_config)
         if reason:
             kind = self.model.config.text_config.model_type
             log.warning("%s: %s; only prompts of equal length are answered together", kind, reason)
         return reason
 
+    @cached_property
+    def token_bytes(self) -> int:
+        """What the keys and values of one token take; 0 if the configuration does not say."""
+        config: Any = self.model.config.text_config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
+        width = getattr(config, "head_dim", None) or config.hidden_size // max(1, config.num_attention_heads)
+        layers = getattr(config, "num_hidden_layers", 0)
+        return 2 * layers * heads * width * next(self.model.language_model.parameters()).element_size()
+
+    @cached_property
+    def budget_tokens(self) -> int | None:
+        """How many tokens' keys and values may be held at a time; None: not known what one takes."""
+        if not self.token_bytes:
+            return None
+        return (_half_free(self.model) if self.memory_bytes is None else self.memory_bytes) // self.token_bytes
+
+    @cached_property
+    def never(self) -> tuple[int, ...]:
+        """Tokens that no answer has: the image token, and what generation_config.json suppresses."""
+        config = self.model.language_model.generation_config
+        suppressed = getattr(config, "suppress_tokens", None) or ()
+        return tuple(sorted({self.model.config.image_token_id, *suppressed}))
+
     def check(self, prompt: Prompt) -> None:
-        """Raise ModelError for a prompt that leaves no room for an answer in the model's context."""
+        """Raise ModelError for a prompt that leaves no room for an answer in the model's context, or in memory."""
+        what = f"the prompt is {prompt.length} tokens ({prompt.image_tokens} of them for {len(prompt.tiles)} pictures)"
         if self.context_tokens is not None and prompt.length >= self.context_tokens:
             raise ModelError(
-                f"the prompt is {prompt.length} tokens ({prompt.image_tokens} of them for {len(prompt.tiles)} "
-                f"pictures), the model's context holds {self.context_tokens}; shorten the text, give fewer pictures "
-                "or start a new conversation"
+                f"{what}, the model's context holds {self.context_tokens}; shorten the text, give fewer pictures or "
+                "start a new conversation"
             )
+        if self.budget_tokens is not None and prompt.length >= self.budget_tokens:
+            raise ModelError(
+                f"{what}, there is memory for {self.budget_tokens} ({self.token_bytes:,} bytes each); give the engine "
+                "more memory, or shorten the text"
+            )
+
+    def scheduler(self, slots: int) -> Scheduler:
+        """A scheduler over slots, for callers that feed it themselves. Raises ModelError if the model has none."""
+        if self.padded_because:
+            raise ModelError(f"no slots: {self.padded_because}")
+        return Scheduler(self.model, self.processor.image_spec, slots, self.budget_tokens, self.never)
+
+    def growing(
+        self,
+        prompt: Prompt,
+        decoding: Decoding,
+        on_text: Callable[[str], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Growing:
+        """The answer to a prompt, to be grown. The template's stop strings are added to the decoding's."""
+        room = decoding.max_new_tokens
+        if self.context_tokens is not None:
+            room = min(room, self.context_tokens - prompt.length)
+        stop = tuple(dict.fromkeys((*decoding.stop, *self.stop)))
+        ends = self.end_ids | {self._known[s] for s in decoding.stop if s in self._known}
+        return Growing(prompt.length, decoding, room, ends, TextStream(self._vocabulary, stop, on_text), cancelled)
 
     def generate(
         self,
         prompts: Sequence[Prompt],
         decoding: Decoding | Sequence[Decoding] | None = None,
         *,
-        batch_size: int = 8,
+        batch_size: int = 32,
         on_text: OnText | None = None,
         cancelled: Cancelled | None = None,
     ) -> list[Answer]:
-        """Answer prompts, in their order, each with its own Decoding or all with the same.
+        """Answer prompts, in their order, each with its own Decoding or all with the same; `batch_size` at a time.
 
         The template's stop strings are added to each Decoding's. `on_text(i, piece)` is called with each new piece of
         prompt i's answer; the pieces add up to its text. `cancelled(i)` is asked after every token; once it is true
         the answer ends with what it has. Raises ModelError before anything is generated if a prompt does not fit
         the model's context.
         """
-        if batch_size < 1:
-            raise ModelError(f"batch_size must be at least 1, not {batch_size}")
         decoding = decoding or Decoding()
         decodings = [decoding] * len(prompts) if isinstance(decoding, Decoding) else list(decoding)
         if len(decodings) != len(prompts):
             raise ValueError(f"{len(decodings)} decodings for {len(prompts)} prompts")
         for prompt in prompts:
             self.check(prompt)
-        answers: dict[int, Answer] = {}
-        for batch in self._batches([p.length for p in prompts], batch_size):
-            rows = [self._row(i, prompts[i], decodings[i], on_text, cancelled) for i in batch]
-            self._run([prompts[i] for i in batch], rows)
-            answers |= {row.index: row.answer() for row in rows}
+        items = zip(range(len(prompts)), prompts, decodings, strict=True)
+        answers = dict(self.stream(items, batch_size=batch_size, on_text=on_text, cancelled=cancelled))
         return [answers[i] for i in range(len(prompts))]
+
+    @torch.no_grad()
+    def stream(
+        self,
+        items: Iterable[tuple[Key, Prompt, Decoding]],
+        *,
+        batch_size: int = 32,
+        on_text: Callable[[Key, str], None] | None = None,
+        cancelled: Callable[[Key], bool] | None = None,
+    ) -> Iterator[tuple[Key, Answer]]:
+        """As `generate`, for any number of (key, prompt, decoding); answers come as they end, with their key.
+
+        Some hundred prompts are taken ahead, so that those that begin alike are answered together. Raises ModelError
+        for a prompt that does not fit.
+        """
+        if batch_size < 1:
+            raise ModelError(f"batch_size must be at least 1, not {batch_size}")
+        try:
+            yield from self._stream(iter(items), batch_size, on_text, cancelled)
+        finally:
+            use_attention(self.model.language_model, native_attention(self.model.language_model))
+
+    def _stream(
+        self,
+        source: Iterator[tuple[Key, Prompt, Decoding]],
+        batch_size: int,
+        on_text: Callable[[Key, str], None] | None,
+        cancelled: Callable[[Key], bool] | None,
+    ) -> Iterator[tuple[Key, Answer]]:
+        scheduler: Scheduler | None = None
+        growing: dict[int, tuple[Key, Growing]] = {}
+        padded: list[tuple[Key, Prompt, Growing]] = []
+        while True:
+            free = LOOKAHEAD - len(padded) - (0 if scheduler is None else scheduler.waiting)
+            for key, prompt, decoding in islice(source, max(0, free)):
+                self.check(prompt)
+                row = self._row(key, prompt, decoding, on_text, cancelled)
+                if decoding.num_beams > 1 or self.padded_because:
+                    padded.append((key, prompt, row))
+                    continue
+                scheduler = scheduler or self.scheduler(batch_size)
+                scheduler.add(row, prompt)
+                growing[id(row)] = key, row
+            if scheduler is not None and (scheduler.waiting or scheduler.active):
+                scheduler.step()
+                for name in [name for name, (_, row) in growing.items() if row.ended]:
+                    key, row = growing.pop(name)
+                    yield key, row.answer()
+            elif padded:
+                yield from self._padded(padded, batch_size)
+                padded = []
+            else:
+                return
+
+    @torch.no_grad()
+    def score(self, prompt: Prompt, continuations: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of each token of each continuation, given the prompt and the tokens before it.
+
+        The prompt is computed once. Raises ModelError if the model has no slots, or a text does not fit its context.
+        """
+        self.check(prompt)
+        longest = prompt.length + max(map(len, continuations), default=0)
+        if self.context_tokens is not None and longest > self.context_tokens:
+            raise ModelError(
+                f"prompt and continuation are {longest} tokens, the model's context holds {self.context_tokens}"
+            )
+        scheduler = self.scheduler(1)
+        try:
+            return scheduler.score(prompt, continuations)
+        finally:
+            use_attention(self.model.language_model, native_attention(self.model.language_model))
+
+    def _row(
+        self,
+        key: Key,
+        prompt: Prompt,
+        decoding: Decoding,
+        on_text: Callable[[Key, str], None] | None,
+        cancelled: Callable[[Key], bool] | None,
+    ) -> Growing:
+        show = None if on_text is None else lambda piece: on_text(key, piece)
+        gone = None if cancelled is None else lambda: cancelled(key)
+        return self.growing(prompt, decoding, show, gone)
+
+    def _padded(self, items: Sequence[tuple[Key, Prompt, Growing]], batch_size: int) -> Iterator[tuple[Key, Answer]]:
+        for beams in sorted({row.decoding.num_beams for _, _, row in items}):
+            part = [item for item in items if item[2].decoding.num_beams == beams]
+            for batch in self._batches([p.length for _, p, _ in part], max(1, batch_size // beams)):
+                chosen = [part[i] for i in batch]
+                rows = [row for _, _, row in chosen]
+                answer_padded(self.model, self.processor, [p for _, p, _ in chosen], rows, self.end_ids, self.never)
+                for key, _, row in chosen:
+                    yield key, row.answer()
 
     def _batches(self, lengths: Sequence[int], batch_size: int) -> list[list[int]]:
         """Indices of prompts that are answered together: neighbours in length, the longest first."""
@@ -103,98 +266,6 @@ class Engine:
             else:
                 batches.append([i])
         return batches
-
-    def _row(
-        self, index: int, prompt: Prompt, decoding: Decoding, on_text: OnText | None, cancelled: Cancelled | None
-    ) -> "_Row":
-        room = decoding.max_new_tokens
-        if self.context_tokens is not None:
-            room = min(room, self.context_tokens - prompt.length)
-        stop = tuple(dict.fromkeys((*decoding.stop, *self.stop)))
-        ends = self.end_ids | {self._known[s] for s in decoding.stop if s in self._known}
-        show = None if on_text is None else lambda piece: on_text(index, piece)
-        stream = TextStream(self._vocabulary, stop, show)
-        is_cancelled = None if cancelled is None else lambda: cancelled(index)
-        return _Row(index, prompt.length, decoding, room, ends, stream, is_cancelled)
-
-    def _run(self, prompts: Sequence[Prompt], rows: Sequence["_Row"]) -> None:
-        config = GenerationConfig(
-            max_new_tokens=max(row.room for row in rows),
-            do_sample=False,
-            num_beams=1,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=50,
-            pad_token_id=self.processor.pad_token_id,
-            eos_token_id=sorted(self.end_ids) or None,
-            suppress_tokens=[self.model.config.image_token_id],
-        )
-        self.model.generate(
-            **collate(prompts, self.processor, next(self.model.parameters()).device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([Sampler([row.decoding for row in rows])]),
-            stopping_criteria=StoppingCriteriaList([_Watch(rows)]),
-        )
-        for row in rows:
-            row.end("cancelled")  # does nothing to rows that have ended
-
-
-class _Row:
-    """One answer in the making."""
-
-    def __init__(
-        self,
-        index: int,
-        prompt_tokens: int,
-        decoding: Decoding,
-        room: int,
-        end_ids: set[int],
-        stream: TextStream,
-        cancelled: Callable[[], bool] | None,
-    ) -> None:
-        self.index, self.decoding, self.room = index, decoding, room
-        self.finish: Finish | None = None
-        self._prompt_tokens, self._end_ids = prompt_tokens, end_ids
-        self._stream, self._cancelled = stream, cancelled
-        self._ids: list[int] = []
-
-    def push(self, token_id: int) -> None:
-        """Take the next token, and end where it is the last."""
-        if self.finish is not None:
-            return
-        self._ids.append(token_id)
-        if token_id in self._end_ids:
-            self.end("stop")
-            return
-        self._stream.push(token_id)
-        if self._stream.stopped:
-            self.end("stop")
-        elif len(self._ids) >= self.room:
-            self.end("length" if self.room == self.decoding.max_new_tokens else "context")
-        elif self._cancelled is not None and self._cancelled():
-            self.end("cancelled")
-
-    def end(self, finish: Finish) -> None:
-        if self.finish is None:
-            self.finish = finish
-            self._stream.finish()
-
-    def answer(self) -> Answer:
-        assert self.finish is not None
-        return Answer(self._stream.text, tuple(self._ids), self.finish, self._prompt_tokens)
-
-
-class _Watch(StoppingCriteria):
-    """Hands each row its newest token and says which rows have ended."""
-
-    def __init__(self, rows: Sequence[_Row]) -> None:
-        self._rows = rows
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
-        """input_ids (B, new tokens so far) -> ended (B,)."""
-        for row, token_id in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
-            row.push(token_id)
-        return torch.tensor([row.finish is not None for row in self._rows], device=input_ids.device)
 
 
 def _end_ids(loaded: Loaded) -> set[int]:
@@ -215,3 +286,18 @@ def _context_tokens(config: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def _settings_of(config: GenerationConfig | None) -> list[str]:
+    """Settings that differ from what `generate` does by itself and that slots don't follow."""
+    if config is None:
+        return []
+    return sorted(name for name in _OF_SLOTS if getattr(config, name, None) not in (None, 0, 1.0, False))
+
+
+def _half_free(model: torch.nn.Module) -> int:
+    """Half of what is free on the model's GPU, or a quarter of the machine's memory."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4

@@ -1,14 +1,25 @@
-"""Whether prompts of different lengths may share a batch.
+"""Padded batches through transformers' own `generate`: for beams, and for models that slots can't serve.
 
 Most language models give a prompt that is padded on the left the answer it has alone; some position schemes and
 states don't. Which kind an architecture is, is found by trying it, once, on a small random copy.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
+from lapilli.generate.growing import Growing
+from lapilli.generate.processor import Processor, Prompt, collate
 from lapilli.model.quiet import quiet
 from lapilli.model.shrink import SHRINK_ERRORS, shrunken
 
@@ -51,3 +62,74 @@ def _logits(model: Any, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
     )
     out = model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config)
     return list(torch.stack(out.logits, dim=1))
+
+
+def answer_padded(
+    model: Any,
+    processor: Processor,
+    prompts: Sequence[Prompt],
+    rows: Sequence[Growing],
+    end_ids: set[int],
+    never: Sequence[int],
+) -> None:
+    """Grow the answers of one batch to their ends. Rows that search with beams share their number of beams.
+
+    `end_ids` end an answer, tokens in `never` are in none.
+    """
+    beams = rows[0].decoding.num_beams
+    config = GenerationConfig(
+        max_new_tokens=max(row.room for row in rows),
+        do_sample=False,
+        num_beams=beams,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        pad_token_id=processor.pad_token_id,
+        eos_token_id=sorted(end_ids) or None,
+        suppress_tokens=list(never),
+    )
+    inputs = collate(prompts, processor, next(model.parameters()).device)
+    if beams > 1:
+        found = model.generate(**inputs, generation_config=config)
+        for row, ids in zip(rows, found.tolist(), strict=True):
+            for token_id in ids:
+                row.push(token_id)
+    else:
+        model.generate(
+            **inputs,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([Sampler(rows)]),
+            stopping_criteria=StoppingCriteriaList([_Watch(rows)]),
+        )
+    for row in rows:
+        row.end("cancelled")  # does nothing to rows that have ended
+
+
+class Sampler(LogitsProcessor):
+    """Chooses the token of each row that has a temperature; greedy rows are left to argmax."""
+
+    def __init__(self, rows: Sequence[Growing]) -> None:
+        self._rows = rows
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Scores (B, V) in, and out with all but the chosen token of each sampled row at -inf."""
+        made = scores.clone()
+        for number, row in enumerate(self._rows):
+            token = None if row.ended else row.choose(scores[number])
+            if token is not None:
+                made[number] = float("-inf")
+                made[number, token] = 0.0
+        return made
+
+
+class _Watch(StoppingCriteria):
+    """Hands each row its newest token and says which rows have ended."""
+
+    def __init__(self, rows: Sequence[Growing]) -> None:
+        self._rows = rows
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        """input_ids (B, new tokens so far) -> ended (B,)."""
+        for row, token_id in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
+            row.push(token_id)
+        return torch.tensor([row.ended for row in self._rows], device=input_ids.device)

@@ -4,6 +4,7 @@
 for one conversation in the form the engine batches: not padded, pixels as uint8 until they are on the device.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,8 @@ class Prompt:
     tiles: tuple[torch.Tensor, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
     image_tokens: int = 0
+    keys: tuple[bytes, ...] = ()
+    """What tells the pictures apart: a hash of each one's tiles."""
 
     @property
     def length(self) -> int:
@@ -111,7 +114,7 @@ class Processor:
         sizes = [p.size for p in opened]
         ids, slots = encoder.encode_prompt(messages, sizes)
         tiles = tuple(to_tiles(p, self.image_spec, self.layout) for p in opened)
-        return Prompt(ids, tiles, tuple(sizes), sum(s.tokens for s in slots))
+        return Prompt(ids, tiles, tuple(sizes), sum(s.tokens for s in slots), tuple(_key(t) for t in tiles))
 
 
 def collate(
@@ -133,6 +136,13 @@ def collate(
         made["tiles_per_image"] = torch.tensor([len(t) for t in tiles], device=device)
         made["image_sizes"] = torch.tensor([s for p in prompts for s in p.sizes], device=device)
     return made
+
+
+def _key(tiles: torch.Tensor) -> bytes:
+    """A hash of a picture's tiles (tiles, C, H, W) uint8: what the model sees of it."""
+    made = hashlib.blake2b(str(tuple(tiles.shape)).encode(), digest_size=16)
+    made.update(tiles.contiguous().numpy().data)
+    return made.digest()
 
 
 def _share_out(images: Any, places: Sequence[int]) -> list[list[Picture]]:

@@ -103,3 +103,19 @@ class TextStream:
             if self._on_text is not None:
                 self._on_text(self._raw[begin:end])
             self._shown = end
+
+
+THINK, THOUGHT = "<think>", "</think>"
+
+
+def without_thinking(text: str) -> tuple[str, str]:
+    """What a model thought aloud and what it answered: the text up to the last `</think>`, and the rest.
+
+    A thought that was never finished is no answer. Text without these marks is an answer as it is.
+    """
+    thought, mark, answer = text.rpartition(THOUGHT)
+    if mark:
+        return thought.removeprefix(THINK).strip(), answer.strip()
+    if text.startswith(THINK):
+        return text.removeprefix(THINK).strip(), ""
+    return "", text

@@ -7,6 +7,7 @@ asks of attention beyond the plain form (sliding window, soft-capping, sinks, gr
 argument that is not known here is refused, because ignoring it would silently train another model.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,6 +35,11 @@ def register() -> None:
     AttentionInterface.register(PACKED, packed_attention)
 
 
+def foreign_arguments(kwargs: Mapping[str, Any]) -> set[str]:
+    """Names of arguments of an attention function that say something, and something that is not known here."""
+    return {k for k, v in kwargs.items() if v is not None and k not in _IRRELEVANT}
+
+
 def packed_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -55,7 +61,7 @@ def packed_attention(
     in tokens; `softcap` bounds the logits by tanh (Gemma 2); `s_aux` (Hq,) are sink logits (gpt-oss). Returns
     ((1, T, Hq, d), None). Raises ModelError for an argument that would change attention in a way not known here.
     """
-    foreign = {k for k, v in kwargs.items() if v is not None and k not in _IRRELEVANT}
+    foreign = foreign_arguments(kwargs)
     if foreign or attention_mask is not None or cu_seq_lens_q is None:
         what = ", ".join(sorted(foreign)) or ("a mask" if attention_mask is not None else "no segment boundaries")
         raise ModelError(f"packed attention can't serve {type(module).__name__}: it was given {what}")
