@@ -167,10 +167,8 @@ def _find(folder: Path, inputs: str, roots: Sequence[str | None]) -> tuple[Recor
 
 
 def _identity(folder: Path) -> int | None:
-    try:
-        return folder.stat().st_ino
-    except FileNotFoundError:
-        return None
+    with refusing(folder.parent):
+        return folder.stat().st_ino if folder.exists() else None
 
 
 def _open(folder: Path, inputs: str, roots: Sequence[str | None], said: str) -> RecordCorpus:

@@ -7,6 +7,7 @@ recipe says where each value came from. All errors of a recipe are reported toge
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path as FilePath
@@ -21,6 +22,8 @@ from lapilli.recipe.tree import Origin, Tree
 from lapilli.recipe.yaml_file import Path, parse
 
 COMMAND_LINE = "command line"
+MAX_CHARACTERS = 100_000
+"""A longer JSON file is no recipe."""
 _ONE_STAGE = ("name", "start_from", "model", "out")
 """Keys that in a recipe of several stages are not handed on to each of them."""
 
@@ -50,6 +53,28 @@ def shipped_recipes() -> list[str]:
         for stage in system.iterdir()
         if stage.name.endswith(".yaml")
     )
+
+
+def is_recipe(path: str) -> bool:
+    """Whether this is a shipped recipe's name, or a file that holds a recipe, by what stands in it: data do not."""
+    file = FilePath(path).expanduser()
+    if not file.is_file():
+        return not file.exists() and path in shipped_recipes()
+    keys = {*Stage.model_fields, "stages", "start_from"}
+    try:
+        with file.open(encoding="utf-8") as stream:
+            text = stream.read(MAX_CHARACTERS + 1)
+    except (OSError, UnicodeDecodeError):
+        return False
+    if "\0" in text:
+        return False
+    if text.lstrip()[:1] in ("{", "["):  # JSON is YAML too
+        try:
+            value = parse(text, path).value if len(text) <= MAX_CHARACTERS else None
+        except RecipeError:
+            return False
+        return isinstance(value, dict) and bool(value) and set(value) <= keys
+    return bool(re.search(rf"^({'|'.join(sorted(keys))})[ \t]*:", text, re.MULTILINE))
 
 
 def load_recipe(path: str, overrides: list[str] | None = None) -> LoadedRecipe:

@@ -64,10 +64,10 @@ def examine(
     start = time.monotonic()
     sources = [*train, *validation]
     encoders = list(encoder) if isinstance(encoder, Sequence) else [encoder] * len(sources)
-    prepared = are_prepared(sources)
+    prepared = [are_prepared(split) for split in (train, validation) for _ in split]
     readers: list[Reader] = [
-        RowReader.open(source, one) if prepared else open_source(source)
-        for source, one in zip(sources, encoders, strict=True)
+        RowReader.open(source, one) if rows else open_source(source)
+        for source, one, rows in zip(sources, encoders, prepared, strict=True)
     ]
     settings = Settings(readers, encoders, spec, placement, limits or ImageLimits(), decode)
     held_out = np.arange(len(sources)) >= len(train)
@@ -90,7 +90,7 @@ def examine(
         for source, held, reader, count in zip(sources, held_out, readers, counts, strict=True)
     )
     limit = next((one.max_length for one in encoders if one is not None), None)
-    tokens = prepared or None not in encoders
+    tokens = prepared[: len(train)] == [True] * len(train) or None not in encoders[: len(train)]
     return Diagnosis(parts, usable, findings, decode, limit, tokens, time.monotonic() - start, _open_ends(readers))
 
 
@@ -112,9 +112,12 @@ def _numbered(
 def _open_ends(readers: Sequence[Reader]) -> tuple[str, ...]:
     """What prepared folders leave open."""
     rows = [reader for reader in readers if isinstance(reader, RowReader)]
+    open_ends = []
     if any(reader.vocabulary is None for reader in rows):
-        return ("token ids against a vocabulary, which Cerebras' own files do not hold: name it with --model FOLDER",)
-    return ()
+        open_ends.append("token ids, as Cerebras' own files hold no vocabulary: name it with --model FOLDER")
+    if rows and len(rows) < len(readers):
+        open_ends.append("leakage between rows of prepared data and records that were not prepared")
+    return tuple(open_ends)
 
 
 def _shared(
