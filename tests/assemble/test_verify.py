@@ -220,9 +220,6 @@ def test_any_pair_of_parts_streams(tmp_path, vision, language):
 
 def test_a_cut_model_keeps_its_ends(tmp_path):
     """Blocks between the ends are taken out of a model by hand: what remains answers as the cut one."""
-    import transformers as hf
-    from tests.support.parts import make_tokenizer
-
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     clip = hf.CLIPVisionModel(

@@ -12,17 +12,18 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from lapilli.assemble.opening.parts import Names, empty_model
 from lapilli.assemble.source import OpenModel, materialise
 from lapilli.base.errors import ModelError
 from lapilli.checkpoint import names
@@ -42,50 +43,62 @@ _NUMBER = re.compile(r"(.+?)\.(\d+)\.(.+)")
 def streamed(opened: OpenModel) -> VisionLanguageModel:
     """The opened model for forward passes in float32, its weights left on disk.
 
-    Raises ModelError for files that can't be read, and for a model that is not run as it is stored (experts in one
-    tensor), or that is mostly made of something else than linear layers and embeddings.
+    Raises ModelError for files that can't be read, and for a model that is mostly made of something else than linear
+    layers and embeddings (experts in one tensor).
     """
-    matrices = {name: tensor for name, tensor in opened.tensors.items() if _is_matrix(name, tensor)}
-    held = 4 * sum(prod(tensor.shape) for name, tensor in opened.tensors.items() if name not in matrices)
+    config = opened.config
+    left: dict[str, str] = {}
+    for prefix, auto, part in (
+        (names.LANGUAGE, AutoModelForCausalLM, config.text_config),
+        (names.VISION, AutoModel, config.vision_config),
+    ):
+        empty = empty_model(auto, part, opened.folder)
+        left |= {prefix + name: place for name, place in _matrices(empty, opened.part(prefix))}
+    held = 4 * sum(prod(tensor.shape) for name, tensor in opened.tensors.items() if name not in left)
     if held > _HELD_BYTES:
         raise ModelError(
-            f"{opened.folder}: keeps {held / 1e9:.1f} GB outside its matrices, which can't be left on disk"
+            f"{opened.folder}: keeps {held / 1e9:.1f} GB outside plain linear layers, which can't be left on disk"
         )
-    hollow = {name: _hollow(tensor) if name in matrices else tensor for name, tensor in opened.tensors.items()}
+    hollow = {name: _hollow(tensor) if name in left else tensor for name, tensor in opened.tensors.items()}
     model = materialise(replace(opened, tensors=hollow), torch.float32)
-    for part, inner in ((names.LANGUAGE, model.language_model), (names.VISION, model.vision_encoder)):
-        _stream(opened.folder, inner, names.part(matrices, part))
+    for prefix, part in ((names.LANGUAGE, model.language_model), (names.VISION, model.vision_encoder)):
+        _stream(
+            part,
+            {left[name]: tensor for name, tensor in opened.tensors.items() if name in left and name.startswith(prefix)},
+        )
     return model
 
 
-def _is_matrix(name: str, tensor: Lazy) -> bool:
-    return len(tensor.shape) == 2 and name.endswith(".weight") and not name.startswith(names.PROJECTOR)
+def _matrices(empty: PreTrainedModel, tensors: Tensors) -> Iterator[tuple[str, str]]:
+    """The tensors that can be left on disk, each with its place in the model.
+
+    These are matrices that nothing but their own module touches: of linear layers, and the table of words. Those of
+    positions are small, and encoders reach for them from elsewhere.
+    """
+    place_of = Names(empty)
+    words: Any = empty.get_input_embeddings()
+    for name in tensors:
+        place = place_of.place(name)
+        if place is None or place_of.reshaped(name) or not place.endswith(".weight"):
+            continue
+        module = empty.get_submodule(place.removesuffix(".weight"))
+        if type(module).forward is nn.Linear.forward or (module is words and isinstance(module, nn.Embedding)):
+            yield name, place
 
 
 def _hollow(tensor: Lazy) -> Lazy:
-    """A float32 tensor of the same shape that takes no memory."""
-    return replace(tensor, dtype=torch.float32, read=lambda: torch.zeros(()).expand(tensor.shape))
+    """A float32 tensor of the same shape that takes no memory; a model that is run with it answers nothing finite."""
+    return replace(tensor, dtype=torch.float32, read=lambda: torch.tensor(torch.nan).expand(tensor.shape))
 
 
-def _stream(folder: Path, part: nn.Module, matrices: Tensors) -> None:
-    """Let every module of a part read its matrix when it is run."""
+def _stream(part: nn.Module, matrices: Tensors) -> None:
+    """Let the modules of a part read their matrices when they are run."""
     parameters = dict(part.named_parameters(remove_duplicate=False))
-    level = "vision_model." if any(name.startswith("vision_model.") for name in parameters) else ""
-    places = {level + name: tensor for name, tensor in matrices.items()}
-    lost = [name for name in places if name not in parameters]
-    if lost:
-        raise ModelError(f"{folder}: {lost[0]} is not run as it is stored, so it can't be left on disk")
-    tensors = {id(parameters[name]): tensor for name, tensor in places.items()}
+    tensors = {id(parameters[place]): tensor for place, tensor in matrices.items()}
     for module in part.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) not in tensors:
-                continue
-            if isinstance(module, nn.Linear):
-                module.forward = partial(_linear, tensors[id(parameter)], module)
-            elif isinstance(module, nn.Embedding):
-                module.forward = partial(_embedding, tensors[id(parameter)], module)
-            else:
-                module.register_parameter(name, nn.Parameter(tensors[id(parameter)].read().float(), False))
+        tensor = tensors.get(id(getattr(module, "weight", None)))
+        if tensor is not None:
+            module.forward = partial(_linear if isinstance(module, nn.Linear) else _embedding, tensor, module)
 
 
 def _linear(matrix: Lazy, module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
@@ -98,8 +111,14 @@ def _linear(matrix: Lazy, module: nn.Linear, input: torch.Tensor) -> torch.Tenso
     return made
 
 
-def _embedding(table: Lazy, _module: nn.Embedding, input: torch.Tensor) -> torch.Tensor:
-    return F.embedding(input, table.read()).float()
+def _embedding(table: Lazy, module: nn.Embedding, input: torch.Tensor) -> torch.Tensor:
+    """The module's own forward pass, which may scale what it looks up, with the table as it is stored."""
+    hollow = module.weight
+    module.weight = nn.Parameter(table.read(), requires_grad=False)
+    try:
+        return type(module).forward(module, input).float()
+    finally:
+        module.weight = hollow
 
 
 # ---- cutting ----------------------------------------------------------------------------------------------------

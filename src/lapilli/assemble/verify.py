@@ -283,6 +283,8 @@ def _logits(side: OpenModel, made: Verification) -> tuple[torch.Tensor, torch.Te
         use_cache=False,
         logits_to_keep=_POSITIONS,
     )
+    if not torch.isfinite(out.logits).all():
+        raise ModelError("its logits are not finite")
     return torch.tensor([*before, -1, *after]), pixels, out.logits[0, -_POSITIONS:].float()
 
 
