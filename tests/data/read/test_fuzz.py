@@ -1,5 +1,6 @@
 """Damaged and made-up files of every format: whatever they hold, the outcome is Samples or a DataError."""
 
+import gzip
 import io
 import json
 import random
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 
 from lapilli.base.errors import DataError
 from lapilli.data.picture import ImageLimits, image_size
+from lapilli.data.prepare.job import prepare
 from lapilli.data.read.open import RawRecord, open_source
+from lapilli.data.read.prepared import PreparedStore
 from lapilli.data.read.shapes import parse
 from lapilli.data.sample import Image, Message, Sample, Text
 from lapilli.recipe.schema import Source
@@ -28,7 +31,7 @@ WORDS = [
     "semantic_drop_mask", "semantic_attention_mask", "bytes", "path", "id", "user", "human", "assistant", "gpt",
     "prompt", "completion", "<image>", "a.png", "data:image/png;base64,AA==",
 ]  # fmt: skip
-FEW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def outcome(path, images=None):
@@ -119,6 +122,12 @@ def good_files():
         "array": json.dumps([{"type": "user", "content": [{"text": "Q"}, {"image": "a.png"}]},
                              {"type": "assistant", "content": [{"text": "A"}]}]).encode(),
     }  # fmt: skip
+    asked = {"role": "user", "content": [{"type": "text", "text": "Q"}, {"type": "image_url", "image_url": "a.png"}]}
+    files["sharegpt"] = json.dumps({**TALK, "system": "S", "conversations": [
+        {"from": "user", "value": "<image>Q"}, {"from": "chatgpt", "value": "A"}]}).encode()  # fmt: skip
+    files["openai"] = "\n".join([json.dumps({"messages": [asked, {"role": "assistant", "content": "A"}]})] * 3).encode()
+    files["pairs"] = json.dumps([{"image": "a.png", "texts": [{"question": "Q", "answer": "A"}]}] * 3).encode()
+    files["gzip"] = gzip.compress(files["openai"])
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as file:
         for name, data in (("k.png", b"\x89PNG"), ("k.json", json.dumps(TALK).encode()), ("l.txt", b"words")):
@@ -142,6 +151,10 @@ def tables():
         found[name] = sink.getvalue()
     sink = io.BytesIO()
     parquet.write_table(table, sink)
+    packed = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(packed, "zstd") as stream:
+        stream.write("\n".join([json.dumps(TALK)] * 3).encode())
+    found["zstd"] = packed.getvalue().to_pybytes()
     return found | {"parquet": sink.getvalue()}
 
 
@@ -159,12 +172,61 @@ def test_damaged_files(tmp_path, name, seed, changes, cut):
     outcome(tmp_path / "d", tmp_path)
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A Hugging Face dataset on disk, as bytes of its files."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("saved")
+    rows = [{"conversations": TALK["conversations"], "images": [{"bytes": b"\x89PNG", "path": None}]}] * 5
+    datasets.Dataset.from_list(rows).save_to_disk(folder / "d")
+    return {path.name: path.read_bytes() for path in (folder / "d").iterdir()}
+
+
+@settings(FEW, max_examples=100)
+@given(seed=st.integers(0, 2**32), changes=st.integers(0, 10), cut=st.booleans())
+def test_damaged_datasets(tmp_path, saved, seed, changes, cut):
+    rng = random.Random(seed)
+    chosen = rng.choice(sorted(saved))
+    for name, content in saved.items():
+        data = bytearray(content)
+        if name == chosen:
+            for _ in range(changes):
+                data[rng.randrange(len(data))] = rng.choice([0, 255, rng.randrange(256)])
+            data = data[: rng.randrange(len(data))] if cut else data
+        (tmp_path / name).write_bytes(data)
+    outcome(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["ours", "cerebras"])
+@pytest.mark.parametrize("suffix", [".h5", ".json"])
+def test_damaged_prepared_folders(world, make_encoder, make_spec, tmp_path, layout, suffix):
+    encoder, out = make_encoder(max_length=300), tmp_path / "out"
+    prepare([world], encoder, make_spec(), out, layout=layout, max_images=2, stream=io.StringIO())
+    files = sorted(path for path in out.iterdir() if path.suffix == suffix)
+    rng, refused = random.Random(0), 0
+    for _ in range(60):
+        path = rng.choice(files)
+        whole = path.read_bytes()
+        data = bytearray(whole)
+        for _ in range(rng.randrange(1, 10)):
+            data[rng.randrange(len(data))] = rng.choice([0, 255, rng.randrange(256)])
+        path.write_bytes(data[: rng.randrange(len(data))] if rng.random() < 0.3 else data)
+        try:
+            list(PreparedStore(out, encoder))
+        except DataError:
+            refused += 1
+        path.write_bytes(whole)
+    assert refused > 10
+    assert len(list(PreparedStore(out, encoder))) == 23
+
+
 def test_the_good_files_are_good(tmp_path):
     for data in GOOD.values():
         (tmp_path / "d").write_bytes(data)
         reader = open_source(Source(path=str(tmp_path / "d")))
         raw = next(iter(reader.records()))
-        assert [m.role for m in reader.parse(raw).messages] == ["user", "assistant"]
+        assert [m.role for m in reader.parse(raw).messages][-2:] == ["user", "assistant"]
 
 
 def test_names_of_columns_that_are_not_text(tmp_path):
