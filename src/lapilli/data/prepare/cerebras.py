@@ -174,7 +174,10 @@ class Shard:
         data, places = self._data[row], self._places[row]
         n = int((data[3] == 0).sum())
         if n == 0 or data[3, :n].any():
-            raise DataError(f"{where}: key_padding_mask hides part of the text, which lapilli can't train with")
+            raise DataError(
+                f"{where}: key_padding_mask hides part of the text, which lapilli can't train with; "
+                "write the file again without `semantic_attention_mask`, or with `semantic_drop_mask` in its place"
+            )
         if (data[2, : n - 1] != data[0, 1:n]).any():
             raise DataError(f"{where}: the labels are not the next input ids; the file is damaged")
         ids = np.append(data[0, :n], data[2, n - 1]).astype(np.int64)
