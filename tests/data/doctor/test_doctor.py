@@ -214,6 +214,57 @@ def test_processes_find_what_one_finds(world, monkeypatch):
     assert [alone.usable.where(i) for i in range(22)] == [shared.usable.where(i) for i in range(22)]
 
 
+def test_many_problems_go_to_disk_and_come_back_in_order(folder, tmp_path, monkeypatch):
+    from lapilli.data.doctor import findings as module
+
+    monkeypatch.setattr(module, "IN_MEMORY_BYTES", 500)
+    monkeypatch.setattr(module, "_READ_BYTES", 300)
+    records = [record(f"r{i}", "gone.jpg" if i % 2 else "1.jpg", answer="" if i % 3 == 0 else "A.") for i in range(60)]
+    source = write(folder, records)
+    diagnosis = look(source)
+    assert any(file._rolled for file in diagnosis.findings._files.values())
+    numbers = {code: [p.number - 1 for p in diagnosis.findings.of(code)] for code in diagnosis.findings.codes}
+    assert numbers["empty"] == [i for i in range(60) if i % 3 == 0]
+    assert numbers["missing"] == [i for i in range(60) if i % 3 and i % 2]
+    assert diagnosis.bad == 40
+    assert [p.number for p in diagnosis.findings.first("missing", 2)] == [2, 6]
+    in_order = [p.number for p in diagnosis.findings.in_order()]
+    assert in_order == sorted(in_order)
+    told = json.loads("".join(diagnosis.json_pieces()))
+    assert len(told["reasons"]["missing"]["list"]) == 20
+    fixed = write_clean(diagnosis, [source], tmp_path / "out", keep_duplicates=True, stream=io.StringIO())
+    assert (fixed.files[0].records, fixed.quarantined) == (20, 40)
+
+
+def test_what_is_kept_of_a_record_is_small(folder):
+    """A million records must not need a gigabyte: columns and names, no objects."""
+    records = [record(f"{i:012d}", f"{i % 6}.jpg", question=f"What is {i}?") for i in range(2_000)]
+    usable = look(write(folder, records)).usable
+    held = [value for value in vars(usable).values() if isinstance(value, bytearray)]
+    held += list(usable._data.values())
+    assert sum(map(len, held)) / len(usable) < 200
+    assert usable.where(1_999) == f"{folder / 'chat.json'}: record 2000 (id {1_999:012d})"
+
+
+def test_only_the_part_of_a_source_that_is_asked_for_is_examined(folder):
+    path = write(folder, [record(f"r{i}", answer=f"It is {i}." if i > 1 else "") for i in range(6)]).path
+    diagnosis = look(Source(path=path, subset="1:4"))
+    assert diagnosis.records == 3
+    assert [p.number for p in diagnosis.findings.in_order()] == [2]
+    held_out = look(Source(path=path, subset="0.0-0.5"), Source(path=path, subset="0.5-1.0"))
+    assert held_out.findings.records("leak") == 0
+
+
+def test_what_a_policy_leaves_out_is_a_note(world, make_encoder, make_spec):
+    lengths = look(world, encoder=make_encoder(), spec=make_spec()).lengths
+    limit = int(np.sort(lengths)[-5])
+    over = int((lengths > limit).sum())
+    diagnosis = look(world, encoder=make_encoder(max_length=limit, too_long="drop"), spec=make_spec())
+    assert diagnosis.ok
+    assert diagnosis.findings.records("dropped") == over > 0
+    assert len(diagnosis.usable) == 23 - over
+
+
 def test_a_killed_process_is_reported_and_does_not_hang(world, monkeypatch):
     from lapilli.data.doctor import record as module
 
