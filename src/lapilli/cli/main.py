@@ -23,6 +23,7 @@ VERBS = {
     "delta": ("lapilli.cli.delta", "Delta weights: make them from two models, or apply them to their base."),
     "projector": ("lapilli.cli.projector", "Take a projector out of a model, or put one in."),
     "convert": ("lapilli.cli.convert", "Turn a model folder into another format, and prove that it is the same model."),
+    "inspect": ("lapilli.cli.inspect", "Say what a folder or file is: format, parts, what is missing."),
     "quickstart": ("lapilli.cli.quickstart", "Make, train and test a small assistant on real pictures, offline."),
 }
 """Verb: its module, which defines `app`, and its line in the help."""

@@ -1,0 +1,1 @@
+"""What a path is: told by content, from headers alone."""
