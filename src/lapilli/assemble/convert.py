@@ -123,17 +123,17 @@ def _draft(opened: OpenModel, own: Kept, options: _Options, beside: list[Path]) 
     """Settle what will be written. Raises ModelError if the format can't hold the model."""
     to = options.to
     kept = own if family_of(opened.format) == to else read_kept(opened.folder, to)
-    dtype = None if options.dtype is None else DTYPES[options.dtype]
-    if dtype is not None:
+    if options.dtype is not None:
+        dtype = DTYPES[options.dtype]
         config = copy.deepcopy(opened.config)
         config.dtype = dtype
         tensors = {name: tensor.to(dtype) for name, tensor in opened.tensors.items()}
         opened = dataclasses.replace(opened, config=config, tensors=tensors)
     if to == "hf":
-        return targets.to_hf(opened, kept, dtype)
+        return targets.to_hf(opened, kept)
     if to == "llava":
-        return targets.to_llava(opened, kept, dtype, beside)
-    return targets.to_lapilli(opened, kept, dtype)
+        return targets.to_llava(opened, kept, beside)
+    return targets.to_lapilli(opened, kept)
 
 
 def _write(parts: Mapping[str, Any], folder: Path, options: _Options) -> dict[Place, Written]:
@@ -166,7 +166,11 @@ def _prove(opened: OpenModel, folder: Path, draft: Draft, how: How, say: Callabl
 
 
 def _conversion(
-    opened: OpenModel, draft: Draft, options: _Options, written: Mapping[Place, Written], folder: Path
+    opened: OpenModel,
+    draft: Draft,
+    options: _Options,
+    written: Mapping[Place, Written],
+    folder: Path,
 ) -> Conversion:
     before, after = vocabulary_rows(opened), vocabulary_rows(draft.opened)
     return Conversion(
@@ -178,8 +182,15 @@ def _conversion(
         added_rows=max(0, after - before),
         dropped_rows=max(0, before - after),
         tensors=_entries(opened, draft, written),
-        notes=[*opened.notes, *draft.notes],
+        notes=[_by_name(note, opened) for note in (*opened.notes, *draft.notes)],
     )
+
+
+def _by_name(note: str, opened: OpenModel) -> str:
+    """A note that names folders without saying where on this machine they lie."""
+    for place in sorted({str(opened.folder), *opened.places.values()}, key=len, reverse=True):
+        note = note.replace(place, Path(place).name)
+    return note
 
 
 def _entries(opened: OpenModel, draft: Draft, written: Mapping[Place, Written]) -> list[Entry]:

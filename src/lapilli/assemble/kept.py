@@ -87,6 +87,8 @@ class Kept:
     """Canonical name: names in the checkpoint's own files; none for what lay elsewhere."""
     vision_sha256: str | None
     """Of the vision encoder, where the checkpoint named one on the Hub."""
+    dtype: str
+    """Of the language model."""
 
 
 FAMILIES = {"llava-lora": "llava", "llava-projector": "llava", "lapilli-adapter": "lapilli"}
@@ -112,7 +114,13 @@ def own_files(opened: OpenModel) -> Kept:
     if family_of(opened.format) == "llava":
         tower = str(config.get("mm_vision_tower") or config.get("vision_tower"))
         digest = None if (opened.folder / tower).is_dir() else vision_sha256(opened.tensors)
-    return Kept(opened.folder, config, names, digest)
+    return Kept(opened.folder, config, names, digest, dtype_of(opened))
+
+
+def dtype_of(opened: OpenModel) -> str:
+    """The language model's dtype, as config.json writes it: that of its first matrix."""
+    matrices = (t for name, t in opened.tensors.items() if name.startswith("language.") and len(t.shape) > 1)
+    return str(next(matrices).dtype).removeprefix("torch.")
 
 
 def _add_untuned(opened: OpenModel, names: dict[str, list[str]]) -> None:
@@ -167,7 +175,7 @@ def read_kept(folder: Path, family: str) -> Kept | None:
     if not (place / _NAMES).is_file() or read_conversion(folder) is None:
         return None
     written = read_json(place / _NAMES)
-    return Kept(place, read_json(place / "config.json"), written["names"], written["vision_sha256"])
+    return Kept(place, read_json(place / "config.json"), written["names"], written["vision_sha256"], written["dtype"])
 
 
 def write_kept(own: Kept, opened: OpenModel, to: str, draft: Path) -> None:
@@ -182,7 +190,7 @@ def write_kept(own: Kept, opened: OpenModel, to: str, draft: Path) -> None:
     place = draft / FOLDER / family
     place.mkdir(parents=True)
     copy_files(_FILES, own.folder, place)
-    written = {"names": own.names, "vision_sha256": own.vision_sha256}
+    written = {"names": own.names, "vision_sha256": own.vision_sha256, "dtype": own.dtype}
     (place / _NAMES).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 

@@ -14,12 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lapilli.assemble import rows
 from lapilli.assemble.build import where_it_fits
 from lapilli.assemble.folder import FolderSpec, joined_fields, write_spec
-from lapilli.assemble.kept import TOKENIZER_FILES, Kept, vision_sha256
+from lapilli.assemble.kept import TOKENIZER_FILES, Kept, dtype_of, vision_sha256
 from lapilli.assemble.old_tokenizer import write_old_tokenizer
 from lapilli.assemble.save import hf_processor
 from lapilli.base.errors import ModelError
@@ -86,7 +84,7 @@ def _write_json(file: Path, fields: Mapping[str, Any]) -> None:
 # ---- transformers' layout, and ours -----------------------------------------------------------------------------
 
 
-def to_hf(opened: OpenModel, kept: Kept | None, dtype: torch.dtype | None) -> Draft:
+def to_hf(opened: OpenModel, kept: Kept | None) -> Draft:
     """transformers' `llava` or `llava_next`, with a row for the image token. Raises ModelError if it can't hold it."""
     needed = max(vocabulary_rows(opened), opened.config.image_token_id + 1)
     made = with_vocabulary(opened, needed)
@@ -98,7 +96,7 @@ def to_hf(opened: OpenModel, kept: Kept | None, dtype: torch.dtype | None) -> Dr
     names = hf_names(made.tensors, made.config)
     fields = hf_fields(made.config)
     if kept is not None:
-        fields = _as_before(kept, dtype)
+        fields = _as_before(kept, made)
         names |= {name: before[0] for name, before in kept.names.items() if name in names and before}
     spec = _described(made, "transformers")
 
@@ -110,12 +108,12 @@ def to_hf(opened: OpenModel, kept: Kept | None, dtype: torch.dtype | None) -> Dr
     return Draft(made, _whole(names), finish)
 
 
-def to_lapilli(opened: OpenModel, kept: Kept | None, dtype: torch.dtype | None) -> Draft:
+def to_lapilli(opened: OpenModel, kept: Kept | None) -> Draft:
     """Our own type, which holds every model."""
     names = own_names(opened.tensors)
     fields = own_fields(opened.config)
     if kept is not None:
-        fields = _as_before(kept, dtype)
+        fields = _as_before(kept, opened)
     because = where_it_fits(opened.config, opened.spec.image) or "the conversion asked for it"
     spec = _described(opened, "lapilli", because)
 
@@ -130,12 +128,12 @@ def _whole(names: Mapping[str, str]) -> dict[str, list[Place]]:
     return {name: [("", target)] for name, target in names.items()}
 
 
-def _as_before(kept: Kept, dtype: torch.dtype | None) -> dict[str, Any]:
-    """The config.json of before, with the dtype that was asked for."""
-    if dtype is None:
+def _as_before(kept: Kept, opened: OpenModel) -> dict[str, Any]:
+    """The config.json of before, with the dtype of now if that is another."""
+    dtype = dtype_of(opened)
+    if dtype == kept.dtype:
         return dict(kept.config)
-    key = "torch_dtype" if "torch_dtype" in kept.config else "dtype"
-    return dict(kept.config) | {key: str(dtype).removeprefix("torch.")}
+    return dict(kept.config) | {"torch_dtype" if "torch_dtype" in kept.config else "dtype": dtype}
 
 
 def _write_beside(folder: Path, opened: OpenModel, spec: FolderSpec, processor: Any = None) -> None:
@@ -153,7 +151,7 @@ def _write_beside(folder: Path, opened: OpenModel, spec: FolderSpec, processor: 
 # ---- LLaVA's layout ---------------------------------------------------------------------------------------------
 
 
-def to_llava(opened: OpenModel, kept: Kept | None, dtype: torch.dtype | None, beside: Iterable[Path]) -> Draft:
+def to_llava(opened: OpenModel, kept: Kept | None, beside: Iterable[Path]) -> Draft:
     """LLaVA's layout, with the vocabulary that the language model was trained with.
 
     `beside` are folders where the source's own tokenizer files may lie. The vision encoder stays the one on the Hub
@@ -165,8 +163,9 @@ def to_llava(opened: OpenModel, kept: Kept | None, dtype: torch.dtype | None, be
         raise ModelError(
             f"{opened.folder}: LLaVA's layout can't hold this model: {why_not}. Our own type can: --to lapilli"
         )
-    made = with_vocabulary(opened, opened.trained_rows)
-    config, notes = made.config, []
+    notes: list[str] = []
+    made = with_vocabulary(opened, _needed_rows(opened, notes))
+    config = made.config
     named = kept is not None and kept.vision_sha256 is not None
     if kept is not None and named and kept.vision_sha256 != vision_sha256(made.tensors):
         named = False
@@ -175,23 +174,22 @@ def to_llava(opened: OpenModel, kept: Kept | None, dtype: torch.dtype | None, be
     if kept is None:
         fields = llava_write.llava_fields(
             config,
-            dtype or _dtype(made),
+            dtype_of(made),
             tower=llava_write.TOWER,
             im_start_end=made.spec.im_start_end,
             max_length=min(made.tokenizer.model_max_length, _LONGEST),
         )
     else:
-        fields = _as_before(kept, dtype) | {"vocab_size": vocabulary_rows(made)}
+        fields = _as_before(kept, made) | {"vocab_size": vocabulary_rows(made)}
         fields |= {} if named else {"mm_vision_tower": llava_write.TOWER}
     spec = _described(made, "llava")
 
     def finish(folder: Path) -> None:
         write_spec(folder, spec)
         if not named:
-            dtype = next(t.dtype for name, t in made.tensors.items() if name.startswith("vision."))
             inner = folder / llava_write.TOWER
             _write_json(inner / "preprocessor_config.json", llava_write.tower_processor(spec.image))
-            _write_json(inner / "config.json", llava_write.tower_fields(config, dtype))
+            _write_json(inner / "config.json", llava_write.tower_fields(config))
         if kept is None or not copy_files(TOKENIZER_FILES, kept.folder, folder):
             notes.extend(write_old_tokenizer(made.tokenizer, beside, vocabulary_rows(made), folder))
         if kept is None or not copy_files(["generation_config.json"], kept.folder, folder):
@@ -201,9 +199,18 @@ def to_llava(opened: OpenModel, kept: Kept | None, dtype: torch.dtype | None, be
     return Draft(made, places, finish, notes)
 
 
-def _dtype(opened: OpenModel) -> torch.dtype:
-    """The language model's dtype: of its first matrix."""
-    return next(t.dtype for name, t in opened.tensors.items() if name.startswith("language.") and len(t.shape) > 1)
+def _needed_rows(opened: OpenModel, notes: list[str]) -> int:
+    """Rows without those that a conversion added for the image token, unless other tokens have come to need them."""
+    trained, there = opened.trained_rows, vocabulary_rows(opened)
+    others = [
+        t for t, i in opened.tokenizer.get_vocab().items() if trained <= i < there and t != opened.spec.image_token
+    ]
+    if trained < there and others:
+        notes.append(
+            f"all {there} rows are kept: the tokenizer has {', '.join(sorted(others)[:3])} beyond the first {trained}"
+        )
+        return there
+    return min(trained, there)
 
 
 def _llava_places(made: OpenModel, kept: Kept | None, named: bool) -> dict[str, list[Place]]:

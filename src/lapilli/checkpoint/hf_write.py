@@ -76,11 +76,19 @@ def hf_fields(config: LapilliConfig) -> dict[str, Any]:
     made.architectures = [
         "LlavaNextForConditionalGeneration" if made.model_type == "llava_next" else "LlavaForConditionalGeneration"
     ]
-    return made.to_diff_dict()
+    return _placeless(made)
 
 
 def own_fields(config: LapilliConfig) -> dict[str, Any]:
     """config.json of our own layout."""
     made = copy.deepcopy(config)
     made.architectures = ["VisionLanguageModel"]
-    return made.to_diff_dict()
+    return _placeless(made)
+
+
+def _placeless(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields, in order, without the places where the parts once lay on this machine."""
+    fields = config.to_diff_dict()
+    for part in (fields["vision_config"], fields["text_config"]):
+        part.pop("_name_or_path", None)
+    return dict(sorted(fields.items()))

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
 from lapilli.data.image import ImageSpec
 from lapilli.model.config import LapilliConfig
 
@@ -76,7 +74,7 @@ def llava_names(names: Iterable[str], config: LapilliConfig) -> dict[str, str]:
 
 
 def llava_fields(
-    config: LapilliConfig, dtype: torch.dtype, *, tower: str, im_start_end: bool, max_length: int
+    config: LapilliConfig, dtype: str, *, tower: str, im_start_end: bool, max_length: int
 ) -> dict[str, Any]:
     """config.json. `tower` is a name on the Hub or a folder as seen from the checkpoint."""
     layout, text = config.image_layout, config.text_config
@@ -98,7 +96,7 @@ def llava_fields(
         "freeze_mm_mlp_adapter": False,
         "use_mm_proj": True,
         "mm_vision_tower": tower,
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": dtype,
         "transformers_version": "4.37.2",
     }
     if layout.mode == "anyres":
@@ -115,15 +113,16 @@ def _language_fields(text: Any) -> dict[str, Any]:
     rope = dict(written.get("rope_parameters") or {})
     fields["rope_theta"] = rope.pop("rope_theta", 10000.0)
     kind = rope.pop("rope_type", "default")
-    fields["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+    if kind != "default":
+        fields["rope_scaling"] = {"type": kind, **rope}
     return fields
 
 
-def tower_fields(config: LapilliConfig, dtype: torch.dtype) -> dict[str, Any]:
+def tower_fields(config: LapilliConfig) -> dict[str, Any]:
     """config.json of the vision encoder's folder."""
     written = config.vision_config.to_dict()
     made = {name: written[name] for name in _TOWER_FIELDS if name in written}
-    return {"architectures": ["CLIPVisionModel"], **made, "torch_dtype": str(dtype).removeprefix("torch.")}
+    return {"architectures": ["CLIPVisionModel"], **made}
 
 
 def tower_processor(spec: ImageSpec) -> dict[str, Any]:
