@@ -10,14 +10,14 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from lapilli.base.atomic import atomic_write, remove_leftovers, write_json
+from lapilli.base.atomic import remove_leftovers, write_json
 from lapilli.base.errors import DataError
 from lapilli.base.progress import Progress
 from lapilli.base.version import VERSION
@@ -27,7 +27,7 @@ from lapilli.data.prepare import cerebras, params
 from lapilli.data.prepare.engine import Engine, make_parts
 from lapilli.data.prepare.params import Statistics
 from lapilli.data.prepare.pictures import PictureRoot
-from lapilli.data.prepare.work import UNFINISHED, Job, Layout, Part
+from lapilli.data.prepare.work import UNFINISHED, Job, Layout, Part, whole_file
 from lapilli.data.read.open import open_source
 from lapilli.data.read.position import Reading
 from lapilli.data.read.record import Placement, RawRecord, Reader
@@ -193,7 +193,7 @@ def _make_all(made: Iterator[tuple[Part, bool]], reading: Reading, stream: TextI
     kept = bad = 0
     with Progress("preparing data", reading=reading, stream=stream) as progress:
         for part, was_there in made:
-            parts.append(part)
+            parts.append(replace(part, quarantine=()))  # its note has them, and they may be many
             kept += was_there
             bad += part.statistics.bad
             texts = [f"{len(parts):,} shards", f"{kept:,} were there" if kept else "", f"{bad:,} bad" if bad else ""]
@@ -207,10 +207,20 @@ def _chunks(reading: Reading, readers: int, shard_records: int) -> Iterator[tupl
     return enumerate(iter(lambda: list(islice(records, shard_records)), []))
 
 
-def _nothing_left(total: Statistics, entries: Sequence[Mapping[str, Any]]) -> str:
+def _left_out(job: Job, parts: Sequence[Part]) -> Iterator[dict[str, Any]]:
+    """What the notes of the shards say of records that are not in the data, in order."""
+    for part in parts:
+        if part.statistics.bad or part.statistics.dropped:
+            noted = Part.load(job.out, part.number)
+            if noted is None:
+                raise DataError(f"{job.out}: the note of shard {part.number} was changed meanwhile; start again")
+            yield from noted.quarantine
+
+
+def _nothing_left(total: Statistics, entries: Iterable[Mapping[str, Any]]) -> str:
     lines = [f"nothing is left to prepare: {total.records:,} records"]
     lines += [f"  {count:,} x {kind}" for kind, count in total.reasons.most_common()]
-    lines += [f"      {e['file']}: record {e['record']}: {e['reason']}" for e in entries[:SHOWN]]
+    lines += [f"      {e['file']}: record {e['record']}: {e['reason']}" for e in islice(entries, SHOWN)]
     return "\n".join(lines)
 
 
@@ -219,13 +229,13 @@ def _finish(job: Job, parts: Sequence[Part], kept: int) -> Outcome:
     total = Statistics()
     for part in parts:
         total.merge(part.statistics)
-    entries = [entry for part in parts for entry in part.quarantine]
     if not total.samples:
+        message = _nothing_left(total, _left_out(job, parts))
         shutil.rmtree(job.out / UNFINISHED)  # the remedy is another command, which must not meet this one's remains
         job.out.rmdir()
-        raise DataError(_nothing_left(total, entries))
-    lines = (json.dumps(entry, ensure_ascii=True) + "\n" for entry in entries)
-    atomic_write(job.out / QUARANTINE, "".join(lines))
+        raise DataError(message)
+    with whole_file(job.out / QUARANTINE) as path, open(path, "w", encoding="ascii") as stream:
+        stream.writelines(json.dumps(entry, ensure_ascii=True) + "\n" for entry in _left_out(job, parts))
     shards = [{"file": part.file, "rows": part.rows, "bytes": part.bytes} for part in parts if part.file]
     padded = job.shape.length if job.shape else None
     made = params.data_params(total, job.facts, job.settings, job.encoder.tokenizer, shards, padded)

@@ -182,13 +182,13 @@ def _write(job: Job, number: int, rows: Rows) -> str:
     if job.shape is None:
         name = f"shard-{number:05d}.h5"
         about = {**job.facts.as_json(), "provenance": _provenance(job), "n_examples": len(rows.examples)}
-        with _whole_file(job.out / name) as path:
+        with whole_file(job.out / name) as path:
             ours.write_shard(path, rows, about)
         return name
     name = f"output_chunk_0_{number:05d}.h5"
     with (
-        _whole_file(job.out / name) as path,
-        _whole_file((job.out / name).with_suffix(cerebras.ROWS)) as rows_path,
+        whole_file(job.out / name) as path,
+        whole_file((job.out / name).with_suffix(cerebras.ROWS)) as rows_path,
     ):
         cerebras.write_shard(path, rows_path, rows, job.shape)
     return name
@@ -223,7 +223,7 @@ def _collector_paused() -> Iterator[None]:
 
 
 @contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """A name to write under; the file takes its own name when it is whole and durable."""
     aside = path.parent / f".{path.name}.tmp-{uuid.uuid4().hex[:8]}"
     try:

@@ -69,6 +69,8 @@ class Reader(Protocol):
 
 def printable(text: str) -> str:
     """The text without what a terminal or a UTF-8 file can't take (lone surrogates, control characters)."""
+    if text.isprintable():
+        return text
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
