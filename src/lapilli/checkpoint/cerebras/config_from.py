@@ -71,10 +71,10 @@ def from_cerebras_config(config: Mapping[str, Any]) -> FromCerebras:
               "image_feature_select_layer_idx", "name"}  # fmt: skip
     _leave("model", {k: v for k, v in part.items() if k not in places}, left)
     notes = [f"settings of training that LLaVA's config.json has no place for: {', '.join(left)}"] if left else []
-    return FromCerebras({**llava, **_LLAVA_CONSTANT}, {**clip, "model_type": "clip_vision_model"}, model, notes)
+    return FromCerebras({**LLAVA_CONSTANT, **llava}, {**clip, "model_type": "clip_vision_model"}, model, notes)
 
 
-_LLAVA_CONSTANT = {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "image_aspect_ratio": "pad",
+LLAVA_CONSTANT = {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "image_aspect_ratio": "pad",
                    "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "freeze_mm_mlp_adapter": False,
                    "freeze_mm_vision_resampler": False, "tune_mm_vision_resampler": False,
                    "unfreeze_mm_vision_tower": False, "use_cache": True}  # fmt: skip

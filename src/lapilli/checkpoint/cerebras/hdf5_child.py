@@ -65,7 +65,7 @@ def send(dataset: Any) -> None:
     import numpy as np
 
     if not dataset.shape:
-        _say(memoryview(np.ascontiguousarray(dataset[()])).cast("B"))
+        _say(np.ascontiguousarray(dataset[()]).data.cast("B"))
         return
     row_bytes = max(1, dataset.dtype.itemsize * int(np.prod(dataset.shape[1:], dtype=np.int64)))
     whole = dataset.chunks[0] if dataset.chunks else 1
@@ -73,7 +73,7 @@ def send(dataset: Any) -> None:
     for start in range(0, dataset.shape[0], rows):
         part = np.ascontiguousarray(dataset[start : start + rows])
         if part.nbytes:
-            _say(memoryview(part).cast("B"))
+            _say(part.data.cast("B"))
 
 
 def main(path: str) -> None:

@@ -25,6 +25,8 @@ _PROJECTOR = {"mmsimple-llava": "image_model.projection.ffn.", "llava": "project
 _LANGUAGE = "text_model."
 _LAST_NORM = "language.model.norm.weight"
 _NORM_COPY = "text_model.ln_f.weight"
+OUTPUT, EMBEDDING = "text_model.lm_head.weight", "text_model.embedding_layer.word_embeddings.weight"
+"""Two names of one tensor where embeddings are tied."""
 
 _ATTENTION = {
     "self_attn.q_proj": "self_attn.proj_q_dense_layer",

@@ -144,7 +144,7 @@ class _Reader:
 
     def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         made = torch.empty(shape, dtype=dtype)
-        room = memoryview(made.reshape(-1).view(torch.uint8).numpy())
+        room = made.reshape(-1).view(torch.uint8).numpy().data
         with self._lock:
             done = sum(len(part) for part in self._answer(name, room))
             if done != len(room):

@@ -54,7 +54,7 @@ def write_state_file(
                 dataset.attrs.update(_about(tensor))
                 if progress is not None:
                     progress.advance(tensor.size_bytes)
-                yield name, hashlib.sha256(memoryview(value).cast("B")).hexdigest() if hashes else None
+                yield name, hashlib.sha256(value.data).hexdigest() if hashes else None
             for name, tensor in tensors.items():
                 made.attrs[MODEL + name + ABOUT] = _entry(MODEL + name, _about(tensor))
             for name, target in (tied or {}).items():
