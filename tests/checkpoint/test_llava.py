@@ -3,7 +3,6 @@
 import json
 import logging
 import pickle
-import shutil
 from pathlib import Path
 
 import PIL.Image
@@ -221,8 +220,6 @@ def test_in_half_precision(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llava_mpt"}, "llava_mpt: LLaVA checkpoints with MPT are not read yet"),
-        ({"model_type": "llava", "architectures": ["LlavaMPTForCausalLM"]}, "with MPT are not read yet"),
         ({"model_type": "llava_qwen"}, r'unknown LLaVA model "llava_qwen"'),
         ({"mm_vision_tower": ...}, "mm_vision_tower is missing"),
         ({"mm_vision_tower": "/no/such/tower"}, r"/no/such/tower can't be found \(no such folder\); write"),
@@ -295,15 +292,3 @@ def test_broken_weight_files(folder):
     index.unlink()
     with pytest.raises(ModelError, match="no weights here"):
         lapilli.load(folder)
-
-
-def test_pieces_are_told_from_whole_models(folder):
-    whole = shutil.copytree(folder, folder.parent / "whole")
-    (folder / "model.safetensors").rename(folder / "mm_projector.bin")
-    for base in (None, whole):
-        with pytest.raises(ModelError, match=r"a projector alone \(mm_projector\.bin\).*comes with conversion"):
-            lapilli.load(folder, base)
-    (folder / "adapter_config.json").write_text("{}")
-    for base in (None, whole):
-        with pytest.raises(ModelError, match=r"the adapters of a LoRA run.*comes with conversion"):
-            lapilli.load(folder, base)

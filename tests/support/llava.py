@@ -42,6 +42,13 @@ def restore(name: str, root: Path) -> Path:
     return folder
 
 
+def restore_piece(name: str, root: Path) -> Path:
+    """Copy `tiny-llava-lora` or `tiny-llava-pretrain`, and write the model that it was trained on beside it."""
+    if not (root / "tiny-llava-v1.5").exists():
+        restore("tiny-llava-v1.5", root)
+    return Path(shutil.copytree(REFERENCE / "checkpoints" / name, root / name))
+
+
 def tensors_of(name: str) -> dict[str, torch.Tensor]:
     """Every tensor of the checkpoint; rows that were not kept are zero."""
     kept = load_file(REFERENCE / "checkpoints" / name / "trimmed.safetensors")

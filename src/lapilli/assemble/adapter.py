@@ -5,32 +5,30 @@ model, and a `lapilli.json` of their own: a run may teach another template or im
 tokenizer beside it, data can be looked at as the adapter learned it without its base.
 """
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
+import logging
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
-from lapilli.assemble.build import generation_config
-from lapilli.assemble.folder import FolderSpec, joined_fields, read_spec, write_spec
-from lapilli.assemble.parts import load_projector
+from lapilli.assemble.fingerprint import fingerprint
+from lapilli.assemble.folder import FolderSpec, joined_fields, write_spec
 from lapilli.base.atomic import atomic_folder
 from lapilli.base.errors import ModelError
-from lapilli.base.layout import ImageLayout
+from lapilli.checkpoint.tensors import read_json
 from lapilli.model.adapter import adapters_of
 from lapilli.model.quiet import quiet
 from lapilli.model.vlm import VisionLanguageModel
 
-if TYPE_CHECKING:
-    from lapilli.assemble.load import Loaded
+log = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter_config.json"
-_PROJECTOR = "projector.safetensors"
-_BASE = "base.json"
+PROJECTOR = "projector.safetensors"
+BASE = "base.json"
+_NEAR = 3
+"""Steps up from an adapter to a folder that moves together with it: `run/model` to `../../runs/other`."""
 
 
 def save_adapter(
@@ -47,62 +45,43 @@ def save_adapter(
         wrapper.save_pretrained(str(draft), save_embedding_layers=False)
         (draft / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
         tensors = {f"projector.{k}": v.detach().cpu().contiguous() for k, v in model.projector.state_dict().items()}
-        save_file(tensors, draft / _PROJECTOR)
+        save_file(tensors, draft / PROJECTOR)
         tokenizer.chat_template = spec.chat_template()
         tokenizer.save_pretrained(draft)
         write_spec(draft, spec.model_copy(update={"joined": joined_fields(model.config)}))
-        (draft / _BASE).write_text(json.dumps({"base": str(base.resolve())}, indent=2) + "\n", encoding="utf-8")
+        (draft / BASE).write_text(json.dumps(_base_note(folder, base), indent=2) + "\n", encoding="utf-8")
+
+
+def _base_note(folder: Path, base: Path) -> dict[str, str]:
+    """Where the base lies and what it holds: by a relative path where the two lie beside each other.
+
+    A base that has gone meanwhile must not cost a run its result: it is named without its hash, which is said.
+    """
+    base = base.resolve()
+    relative = Path(os.path.relpath(base, folder.resolve()))
+    near = relative.parts.count("..") <= _NEAR
+    note = {"base": relative.as_posix() if near else str(base)}
+    try:
+        return note | {"sha256": fingerprint(base)}
+    except ModelError as error:
+        log.warning("%s: the adapter's base can't be hashed, so a wrong one won't be told (%s)", folder, error)
+        return note
 
 
 def base_of(folder: Path) -> Path | None:
     """The model that an adapter folder says it was trained on; None if it does not say."""
-    note = folder / _BASE
-    return Path(json.loads(note.read_text(encoding="utf-8"))["base"]) if note.is_file() else None
+    base = _note(folder).get("base")
+    return None if base is None else folder / base
 
 
-def attach_adapter(folder: Path, load_base: Callable[[Path], Loaded], base: Path | str | None) -> Loaded:
-    """Load the base (the one given, else the one the adapter was trained on), add the adapters and merge them.
-
-    Template and image mode are the adapter's own. Raises ModelError if no base is found or the adapter doesn't fit it.
-    """
-    from peft import PeftModel
-
-    base = base or base_of(folder)
-    if base is None or not Path(base).exists():
-        raise ModelError(
-            f"{folder}: an adapter; give the model it was trained on as its base ({base or 'not recorded'})"
-        )
-    if not (folder / _PROJECTOR).is_file():
-        raise ModelError(
-            f"{folder}: {_PROJECTOR} is missing, so the projector that trained beside these adapters is unknown; "
-            "copy it from where the folder was made"
-        )
-    loaded = load_base(Path(base))
-    model = loaded.model
-    try:
-        with quiet():
-            adapted = PeftModel.from_pretrained(model.language_model, str(folder))
-            merged: Any = adapted.merge_and_unload()
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{folder}: the adapter does not fit {base} ({str(error).splitlines()[0]})") from error
-    model.language_model = merged
-    load_projector(model.projector, folder / _PROJECTOR)
-    spec = read_spec(folder)
-    if spec is not None:
-        _describe_as(loaded, spec, read_spec(Path(base)) or read_spec(Path(base) / "model"))
-    return loaded
+def hash_of_base(folder: Path) -> str | None:
+    """The `fingerprint` of the model that an adapter was trained on; None if its folder is older than that."""
+    return _note(folder).get("sha256")
 
 
-def _describe_as(loaded: Loaded, spec: FolderSpec, base: FolderSpec | None) -> None:
-    """Give the model what its adapter folder says of template and pictures, instead of what its `base` says."""
-    if base is not None and base.template != loaded.spec.template:  # the caller asked for a template: that one stays
-        spec = spec.model_copy(update={"template": loaded.spec.template})
-    stored = {"stored_as": loaded.spec.stored_as, "stored_because": loaded.spec.stored_because}
-    loaded.spec = spec.model_copy(update=stored)
-    model = loaded.model
-    model.config.layout = spec.joined["layout"]
-    model.layout = ImageLayout.model_validate(spec.joined["layout"])
-    loaded.tokenizer.chat_template = spec.chat_template()
-    model.language_model.generation_config = generation_config(
-        model.language_model, loaded.tokenizer, spec.template, model.config.image_token_id
-    )
+def _note(folder: Path) -> dict[str, str]:
+    file = folder / BASE
+    note = read_json(file) if file.is_file() else {}
+    if not all(isinstance(note.get(key, ""), str) for key in ("base", "sha256")):
+        raise ModelError(f"{file}: base and sha256 must be text; write the base's folder there, or name it as the base")
+    return note

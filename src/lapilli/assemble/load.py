@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lapilli.assemble.adapter import attach_adapter
 from lapilli.assemble.folder import FolderSpec
-from lapilli.assemble.source import is_adapter, materialise, open_model
-from lapilli.assemble.source import model_folder as model_folder
+from lapilli.assemble.opening.quantised import is_quantised, open_quantised
+from lapilli.assemble.source import materialise, model_folder, open_model
 from lapilli.base.errors import ModelError
 from lapilli.base.layout import ImageLayout
 from lapilli.data.encode import Encoder, TooLong
@@ -74,13 +73,11 @@ def load(
     """
     folder = model_folder(path)
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
-    if is_adapter(folder):
-        loaded = attach_adapter(folder, lambda p: load(p, dtype=dtype, template=template), base)
-    else:
-        opened = open_model(folder, base, template=template)
-        with quiet():
-            model = materialise(opened, dtype)
-        loaded = Loaded(model, opened.tokenizer, opened.spec, folder)
+    quantised = base is None and is_quantised(folder)
+    opened = open_quantised(folder, template) if quantised else open_model(folder, base, template=template)
+    with quiet():
+        model = materialise(opened, dtype)
+    loaded = Loaded(model, opened.tokenizer, opened.spec, folder)
     check_room(loaded)
     loaded.model.to(device).eval()  # type: ignore[arg-type]
     return loaded

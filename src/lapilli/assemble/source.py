@@ -12,21 +12,23 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from lapilli.assemble.adapter import ADAPTER_FILE, BASE, PROJECTOR
+from lapilli.assemble.folder import FILE as SPEC_FILE
 from lapilli.assemble.folder import read_spec
+from lapilli.assemble.opening import pieces
+from lapilli.assemble.opening.adapter import open_adapter, open_peft
 from lapilli.assemble.opening.hf import open_hf
 from lapilli.assemble.opening.llava import open_llava
-from lapilli.assemble.opening.model import Format as Format
-from lapilli.assemble.opening.model import OpenModel as OpenModel
+from lapilli.assemble.opening.model import Format, OpenModel
 from lapilli.assemble.opening.parts import Names, empty_model
+from lapilli.assemble.opening.quantised import refuse_quantised
 from lapilli.base.errors import ModelError
 from lapilli.checkpoint import llava, names
 from lapilli.checkpoint.stream import Lazy, Tensors
-from lapilli.checkpoint.tensors import some
+from lapilli.checkpoint.tensors import read_json, some, weight_file
 from lapilli.model.projector import build_projector
 from lapilli.model.quiet import quiet
 from lapilli.model.vlm import VisionLanguageModel, register
-
-ADAPTER_FILE = "adapter_config.json"
 
 
 def model_folder(path: Path | str) -> Path:
@@ -45,12 +47,22 @@ def model_folder(path: Path | str) -> Path:
     return path
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds adapters of ours."""
-    if not (folder / ADAPTER_FILE).is_file():
-        return False
-    llava.refuse_pieces(folder)
-    return True
+def recognise(folder: Path) -> Format:
+    """What kind of model folder this is. Raises ModelError for descriptions that can't be read.
+
+    Folders of another kind of model are `hf` here; opening them says what they are.
+    """
+    fields = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    theirs = llava.is_llava(fields)  # with lapilli.json beside it, where a conversion wrote it
+    if (folder / ADAPTER_FILE).is_file():
+        if theirs:
+            return "llava-lora"
+        ours = (SPEC_FILE, PROJECTOR, BASE)
+        return "lapilli-adapter" if any((folder / name).is_file() for name in ours) else "hf-lora"
+    if theirs:
+        alone = weight_file(folder) is None and any((folder / name).is_file() for name in pieces.PROJECTOR)
+        return "llava-projector" if alone else "llava"
+    return "lapilli" if fields.get("model_type") == "lapilli" else "hf"
 
 
 def open_model(path: Path | str, base: Path | str | None = None, *, template: str | None = None) -> OpenModel:
@@ -62,17 +74,33 @@ def open_model(path: Path | str, base: Path | str | None = None, *, template: st
     """
     register()
     folder = model_folder(path)
+    kind = recognise(folder)
+    refuse_quantised(folder)
+    if base is not None and "-" not in kind:
+        raise ModelError(f"{folder}: a whole model, which takes no base; leave the base out")
     with quiet():
-        llava.refuse_pieces(folder)
-        if base is not None:
-            raise ModelError(f"{folder}: a whole model, which takes no base; leave the base out")
-        spec = read_spec(folder)
-        if llava.is_llava(llava.read_fields(folder)):
-            opened = open_llava(folder, template)
-        else:
-            opened = open_hf(folder, spec, template)
+        opened = _open(folder, kind, base, template)
         check(opened)
     return opened
+
+
+def _open(folder: Path, kind: Format, base: Path | str | None, template: str | None) -> OpenModel:
+    def open_base(path: Path) -> OpenModel:
+        return open_model(path, template=template)
+
+    match kind:
+        case "llava":
+            return open_llava(folder, template)
+        case "llava-lora":
+            return pieces.open_lora(folder, base, template)
+        case "llava-projector":
+            return pieces.open_projector_only(folder, base, template)
+        case "lapilli-adapter":
+            return open_adapter(folder, base, template, open_base)
+        case "hf-lora":
+            return open_peft(folder, base, open_base)
+        case _:
+            return open_hf(folder, read_spec(folder), template)
 
 
 def check(opened: OpenModel) -> None:
@@ -113,7 +141,7 @@ def _fill(
     found = {name: place_of(name) for name in tensors}
     extra = sorted(name for name, place in found.items() if place is None)
     if extra:
-        where = tensors[extra[0]].where
+        where = tensors[extra[0]].where.rpartition(": ")[0]
         raise ModelError(f"{where}: {len(extra)} tensors have no place in the {what}: {some(extra)}")
     missing = sorted(needed - set(found.values()))
     if missing:
@@ -141,6 +169,9 @@ class _Slice:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self._tensor.read()[index]
+
+    def is_floating_point(self) -> bool:
+        return self._tensor.dtype.is_floating_point
 
 
 def materialise(opened: OpenModel, dtype: torch.dtype) -> VisionLanguageModel:

@@ -12,21 +12,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel
+from transformers import LlamaConfig, MistralConfig, MptConfig, PreTrainedConfig
 
 from lapilli.base.errors import ModelError, unknown
 from lapilli.base.layout import ImageMode
-from lapilli.checkpoint.tensors import check_tensors, read_json, weight_file
+from lapilli.checkpoint.tensors import read_json
 from lapilli.model.projector import check_projector
 from lapilli.model.shrink import SHRINK_ERRORS
 
 log = logging.getLogger(__name__)
 
-_LANGUAGE: dict[str, type[PreTrainedConfig]] = {"llava_llama": LlamaConfig, "llava_mistral": MistralConfig}
-_ARCHITECTURES = {"LlavaLlamaForCausalLM": "llava_llama", "LlavaMistralForCausalLM": "llava_mistral"}
-"""What `model_type: llava` stands for; folders without `architectures` are Llama's, as the first releases were."""
+_LANGUAGE: dict[str, type[PreTrainedConfig]] = {
+    "llava_llama": LlamaConfig,
+    "llava_mistral": MistralConfig,
+    "llava_mpt": MptConfig,
+}
+_ARCHITECTURES = {
+    "LlavaLlamaForCausalLM": "llava_llama",
+    "LlavaMistralForCausalLM": "llava_mistral",
+    "LlavaMptForCausalLM": "llava_mpt",
+    "LlavaMPTForCausalLM": "llava_mpt",
+}
+_BY_ARCHITECTURE = {"llava": "LlavaLlamaForCausalLM", "llava_custom": "LlavaMistralForCausalLM"}
+"""Types that leave the language model to `architectures`, and what they mean without it: `llava` is the first
+releases' and KoLLaVA's and Quilt-LLaVA's, `llava_custom` that of Intel's Gaudi code."""
+_FIRST = {"llama": "llava_llama", "mistral": "llava_mistral"}
+"""LLaVA's very first checkpoints had the language model's own type."""
 
 # fmt: off
 _IDENTITY = frozenset(("architectures", "model_type", "transformers_version", "torch_dtype"))
@@ -34,7 +46,7 @@ _NO_EFFECT = frozenset((
     "mm_hidden_size", "mm_projector_lr", "mm_vision_tower_lr", "use_mm_proj", "tune_mm_mlp_adapter",
     "freeze_mm_mlp_adapter", "tune_mm_vision_resampler", "freeze_mm_vision_resampler", "tokenizer_padding_side",
     "tokenizer_model_max_length", "image_crop_resolution", "image_split_resolution", "sep_image_conv_front",
-    "max_sequence_length", "vision_tower",
+    "max_sequence_length", "vision_tower", "mm_im_patches",
 ))
 # fmt: on
 """Settings of training, or of code that no release uses."""
@@ -74,24 +86,8 @@ def is_llava(fields: Mapping[str, Any]) -> bool:
     """Whether config.json is in LLaVA's own layout; transformers' `llava` nests its parts' configurations."""
     if "text_config" in fields or "vision_config" in fields:
         return False
-    ours = fields.get("model_type") in (*_LANGUAGE, "llava", "llava_mpt")
+    ours = fields.get("model_type") in (*_LANGUAGE, *_BY_ARCHITECTURE)
     return ours or any(key.startswith("mm_") for key in fields)
-
-
-def refuse_pieces(folder: Path) -> None:
-    """Raise ModelError for LLaVA's folders that are no whole model: adapters and projectors, which need a base."""
-    if not (folder / "config.json").is_file() or not is_llava(read_fields(folder)):
-        return
-    if (folder / "adapter_config.json").is_file():
-        kind = "the adapters of a LoRA run"
-    elif (folder / "mm_projector.bin").is_file() and weight_file(folder) is None:
-        kind = "a projector alone (mm_projector.bin)"
-    else:
-        return
-    raise ModelError(
-        f"{folder}: holds {kind} in LLaVA's layout, not a whole model; joining it with its base comes with conversion, "
-        "until then merge the two with the original's scripts"
-    )
 
 
 def read_settings(where: Path, fields: Mapping[str, Any]) -> LlavaSettings:
@@ -116,7 +112,7 @@ def read_settings(where: Path, fields: Mapping[str, Any]) -> LlavaSettings:
         im_start_end=get("mm_use_im_start_end", bool, False),
         im_patch=get("mm_use_im_patch_token", bool, False),
         language=_language_config(where, cls, fields, {*get.known, "image_grid_pinpoints"}),
-        beyond={key: value for key, value in fields.items() if key not in cls().to_dict() or key in _IDENTITY},
+        beyond={key: value for key, value in fields.items() if key not in _own_keys(cls) or key in _IDENTITY},
     )
     check_projector(settings.projector)
     return settings
@@ -150,11 +146,10 @@ class _Reader:
 
 def _language_class(where: Path, fields: Mapping[str, Any]) -> type[PreTrainedConfig]:
     kind = str(fields.get("model_type"))
-    if kind == "llava":
-        architecture = str((fields.get("architectures") or ["LlavaLlamaForCausalLM"])[0])
-        kind = _ARCHITECTURES.get(architecture, architecture)
-    if "mpt" in kind.lower():
-        raise ModelError(f"{where}: {kind}: LLaVA checkpoints with MPT are not read yet")
+    kind = _FIRST.get(kind, kind)
+    if kind in _BY_ARCHITECTURE:
+        named = fields.get("architectures") or [_BY_ARCHITECTURE[kind]]
+        kind = _ARCHITECTURES.get(str(named[0]), str(named[0]))
     if kind not in _LANGUAGE:
         raise ModelError(f"{where}: {unknown('LLaVA model', kind, [*_LANGUAGE, *_ARCHITECTURES])}")
     return _LANGUAGE[kind]
@@ -176,7 +171,7 @@ def _language_config(
     where: Path, cls: type[PreTrainedConfig], fields: Mapping[str, Any], understood: set[str]
 ) -> PreTrainedConfig:
     """The language model's part of config.json. What belongs to neither part is refused if it could matter."""
-    own = set(cls().to_dict()) | {"rope_theta", "rope_scaling", "head_dim"}
+    own = _own_keys(cls)
     general = {"architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path"}
     rest = sorted(k for k, v in fields.items() if v and k not in own | general | understood | _NO_EFFECT)
     matters = [k for k in rest if k.startswith(("mm_", "s2", "quantization_config"))]
@@ -184,34 +179,35 @@ def _language_config(
         raise ModelError(f"{where}: {matters[0]}: {fields[matters[0]]!r} is not supported and would change the model")
     if rest:
         log.info("%s: settings without a use here: %s", where, ", ".join(rest))
+    values = {k: v for k, v in fields.items() if k in own - general}
+    if cls is MptConfig:
+        values |= _mpt_values(where, fields)
     try:
-        return cls(**{k: v for k, v in fields.items() if k in own - general})
+        return cls(**values)
     except (*SHRINK_ERRORS, StrictDataclassError) as error:
         raise ModelError(f"{where}: not a {cls.model_type} configuration ({' '.join(str(error).split())})") from error
 
 
-def make_part(
-    folder: Path, auto: Any, config: PreTrainedConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
-) -> PreTrainedModel:
-    """A model of `config` (through the Auto class `auto`) with the checkpoint's tensors, in `dtype`.
-
-    Raises ModelError naming tensors that are missing, unknown or of another shape.
-    """
-    try:
-        with torch.device("meta"):
-            empty: Any = auto.from_config(config)
-    except SHRINK_ERRORS as error:
-        raise ModelError(f"{folder}: config.json describes no {config.model_type} model ({error})") from error
-    fitted = _with_prefix("vision_model.", tensors, empty.state_dict())
-    check_tensors(folder, config.model_type, fitted, empty)
-    return type(empty).from_pretrained(None, config=config, state_dict=fitted, dtype=dtype).eval()
+def _own_keys(cls: type[PreTrainedConfig]) -> set[str]:
+    """Keys of config.json that are the language model's."""
+    return set(cls().to_dict()) | {"rope_theta", "rope_scaling", "head_dim"}
 
 
-def _with_prefix(
-    prefix: str, tensors: Mapping[str, torch.Tensor], places: Mapping[str, Any]
-) -> dict[str, torch.Tensor]:
-    """Names with or without a prefix that transformers dropped between its versions, as `places` has them."""
-    bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    if any(name.startswith(prefix) for name in places):
-        return {prefix + name: tensor for name, tensor in bare.items()}
-    return bare
+def _mpt_values(where: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """MPT's attention settings. Raises ModelError for variants that transformers' class has no arithmetic for."""
+    attention = dict(fields.get("attn_config") or {})
+    variants = {
+        "attn_config.alibi": attention.get("alibi", True) is True,
+        "attn_config.qk_ln": not attention.get("qk_ln"),
+        "attn_config.prefix_lm": not attention.get("prefix_lm"),
+        "attn_config.attn_type": attention.get("attn_type", "multihead_attention") == "multihead_attention",
+        "logit_scale": fields.get("logit_scale") is None,
+        "norm_type": fields.get("norm_type", "layernorm") in ("layernorm", "low_precision_layernorm"),
+    }
+    odd = next((key for key, plain in variants.items() if not plain), None)
+    if odd is not None:
+        value = attention.get(odd.removeprefix("attn_config."), fields.get(odd))
+        raise ModelError(f"{where}: {odd}: {value!r} is a variant of MPT that transformers' class can't compute")
+    if isinstance(attention.get("attn_pdrop"), float) and attention["attn_pdrop"].is_integer():
+        attention["attn_pdrop"] = int(attention["attn_pdrop"])
+    return {"attn_config": attention}

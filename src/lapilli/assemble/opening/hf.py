@@ -16,7 +16,7 @@ from transformers import (
 
 from lapilli.assemble.folder import FolderSpec, joined_fields
 from lapilli.assemble.opening.model import Format, Notes, OpenModel
-from lapilli.assemble.opening.parts import empty_model
+from lapilli.assemble.opening.parts import empty_model, settle_ties
 from lapilli.base.errors import ModelError
 from lapilli.base.version import VERSION
 from lapilli.checkpoint import hf, names
@@ -46,17 +46,20 @@ def open_hf(folder: Path, spec: FolderSpec | None, template: str | None) -> Open
         raise ModelError(f"{folder}: lapilli.json is missing; copy it from where the folder was made")
     tokenizer, spec = (load_tokenizer(folder), spec) if spec else _describe(folder, config, template)
     notes = Notes()
-    name_of: names.NameOf = names.own_name
+    tied = bool(config.tie_word_embeddings)
     if not own:
         config = _joined(config, spec)
-        name_of = names.hf_name(empty_model(AutoModelForCausalLM, config.text_config, folder))
-    tensors, computed = names.canonical(open_folder(folder), name_of)
+    causal = empty_model(AutoModelForCausalLM, config.text_config, folder)
+    tensors, computed = names.canonical(open_folder(folder), names.own_name if own else names.hf_name(causal))
     if computed:
         notes.info(f"{folder}: {names.said(computed)}")
+    said = settle_ties(config.text_config, causal, tensors, folder / "config.json", tied=tied)
+    if said:
+        notes.warn(said)
     if template is not None:
         spec = spec.model_copy(update={"template": get_template(template).bind(tokenizer)})
     kind: Format = "lapilli" if own else "hf"
-    places = dict.fromkeys(("vision", "projector", "language"), str(folder))
+    places = {part: str(folder) for part in ("vision", "projector", "language")}
     return OpenModel(folder, kind, config, tensors, tokenizer, spec, _generation(folder, config), notes, places)
 
 

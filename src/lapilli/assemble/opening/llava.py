@@ -10,13 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from lapilli.assemble import parts
 from lapilli.assemble.build import generation_config, where_it_fits
 from lapilli.assemble.folder import FolderSpec, joined_fields, read_spec
 from lapilli.assemble.opening.model import Format, Notes, OpenModel
-from lapilli.assemble.opening.parts import open_encoder
+from lapilli.assemble.opening.parts import empty_model, open_encoder, settle_ties
 from lapilli.assemble.vocabulary import IMAGE_TOKEN, add_tokens
 from lapilli.base.errors import ModelError
 from lapilli.base.version import VERSION
@@ -33,7 +33,7 @@ from lapilli.model.vision import VisionGeometry, probe_vision, resolve_layers, v
 DEFAULT_TEMPLATE = {"mpt": "mpt"}
 """What folders that don't say theirs were trained with, by kind of language model; else LLaVA-1.5's vicuna_v1."""
 
-_IM_PATCH = "<im_patch>"
+IM_PATCH = "<im_patch>"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -79,6 +79,10 @@ def assembled(
     bound = _template(folder, settings, template, notes).bind(tokenizer)
     image_id = _image_token(where, settings, tokenizer)
     tower = tower or find_tower(folder, settings, notes)
+    causal = empty_model(AutoModelForCausalLM, settings.language, where)
+    said = settle_ties(settings.language, causal, tensors, where)
+    if said:
+        notes.warn(said)
     config = _joined_config(settings, tower, image_id)
     tensors, vision_place = _with_encoder(folder, settings, tower, tensors, notes)
     if not config.image_newline and tensors.pop(names.NEWLINE, None) is not None:
@@ -133,7 +137,7 @@ def _image_token(where: Path, settings: LlavaSettings, tokenizer: PreTrainedToke
     rows = settings.language.get_text_config().vocab_size
     wanted = {
         "mm_use_im_start_end": (IM_START, IM_END) if settings.im_start_end else (),
-        "mm_use_im_patch_token": (_IM_PATCH,) if settings.im_patch else (),
+        "mm_use_im_patch_token": (IM_PATCH,) if settings.im_patch else (),
     }
     for setting, tokens in wanted.items():
         for token in tokens:

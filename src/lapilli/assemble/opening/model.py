@@ -18,7 +18,8 @@ from lapilli.model.config import LapilliConfig
 
 log = logging.getLogger(__name__)
 
-Format = Literal["llava", "llava-lora", "llava-projector", "hf", "lapilli", "lapilli-adapter", "cerebras"]
+Format = Literal["llava", "llava-lora", "llava-projector", "hf", "hf-lora", "lapilli", "lapilli-adapter", "cerebras"]
+"""What a folder can be; the ones with a dash are pieces, which need a base."""
 
 
 class Notes(list[str]):
@@ -43,7 +44,7 @@ class OpenModel:
     format: Format
     config: LapilliConfig
     tensors: Tensors
-    """Under canonical names (`lapilli.checkpoint.names`), each in its stored dtype; adapters are merged as it is read."""
+    """Under canonical names (`lapilli.checkpoint.names`), as stored; adapters are merged as they are read."""
     tokenizer: PreTrainedTokenizerBase
     spec: FolderSpec
     generation_config: GenerationConfig | None

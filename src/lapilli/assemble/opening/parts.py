@@ -76,6 +76,23 @@ def open_encoder(place: str, config: PreTrainedConfig) -> tuple[Tensors, str]:
     return made, f"{len(others)} tensors beside the vision encoder are not read: {some(others)}" if others else ""
 
 
+def settle_ties(config: Any, causal: Any, tensors: Tensors, where: Path, *, tied: bool = False) -> str:
+    """Let the configuration of a language model (`causal`, empty) say of its output layer what the tensors hold.
+
+    A tied layer that has other values than the embedding is a layer of its own. `tied`: it is another configuration's
+    word that one that is not there is the embedding. Returns what to tell of it.
+    """
+    layers = (names.input_name(causal), names.output_name(causal))
+    table, output = (tensors.get(names.language_name(f"{layer}.weight")) for layer in layers)
+    if table is not None and output is None and tied:
+        config.tie_word_embeddings = True
+    if config.tie_word_embeddings and table is not None and output is not None:
+        same = table.shape == output.shape and torch.equal(table.read(), output.read())
+        config.tie_word_embeddings = same
+        return "" if same else f"{where}: says that embedding and output layer are one, and holds two: both are kept"
+    return ""
+
+
 class Names:
     """Which of an empty model's places a tensor's name means, old names included that transformers itself renames."""
 
