@@ -45,6 +45,10 @@ class Task(BaseModel):
     """Where the prompt, the parsing and the metric are defined."""
     files: Mapping[str, str]
     """Name of each part of the data (questions, images, truth, ...) to its default place under the data folder."""
+    folder: str = ""
+    """Its folder under the data folder; by default its name. Tasks over the same files share one."""
+    obtain: str = ""
+    """Where the files come from, for whoever lacks one."""
     optional: frozenset[str] = frozenset()
     """Parts that may be missing: without `truth`, answers are written for submission and not scored."""
     reader: str
