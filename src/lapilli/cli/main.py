@@ -24,6 +24,7 @@ VERBS = {
     "projector": ("lapilli.cli.projector", "Take a projector out of a model, or put one in."),
     "convert": ("lapilli.cli.convert", "Turn a model folder into another format, and prove that it is the same model."),
     "inspect": ("lapilli.cli.inspect", "Say what a folder or file is: format, parts, what is missing."),
+    "merge": ("lapilli.cli.merge", "Merge an adapter into the model it was trained on."),
     "quantise": ("lapilli.cli.quantise", "Store a language model in 8 or 4 bits, for bitsandbytes."),
     "quickstart": ("lapilli.cli.quickstart", "Make, train and test a small assistant on real pictures, offline."),
 }
