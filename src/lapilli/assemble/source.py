@@ -17,6 +17,7 @@ from lapilli.assemble.folder import FILE as SPEC_FILE
 from lapilli.assemble.folder import read_spec
 from lapilli.assemble.opening import pieces
 from lapilli.assemble.opening.adapter import open_adapter, open_peft
+from lapilli.assemble.opening.cerebras import open_cerebras_model
 from lapilli.assemble.opening.hf import open_hf
 from lapilli.assemble.opening.llava import open_llava
 from lapilli.assemble.opening.model import Format, OpenModel
@@ -24,6 +25,7 @@ from lapilli.assemble.opening.parts import Names, empty_model
 from lapilli.assemble.opening.quantised import refuse_quantised
 from lapilli.base.errors import ModelError
 from lapilli.checkpoint import llava, names
+from lapilli.checkpoint.cerebras import is_cerebras
 from lapilli.checkpoint.stream import Lazy, Tensors
 from lapilli.checkpoint.tensors import read_json, some, weight_file
 from lapilli.model.projector import build_projector
@@ -32,7 +34,10 @@ from lapilli.model.vlm import VisionLanguageModel, register
 
 
 def model_folder(path: Path | str) -> Path:
-    """Return the folder that holds the model: the path itself, or the `model/` of a run folder."""
+    """Return the folder that holds the model: the path itself, or the `model/` of a run folder.
+
+    Of Cerebras' models the path may be the state file.
+    """
     path = Path(path)
     if not path.exists():
         raise ModelError(f"{path}: no such folder; a model folder is made by `lapilli build` or by a finished run")
@@ -40,7 +45,7 @@ def model_folder(path: Path | str) -> Path:
     holds = any((path / name).is_file() for name in ("config.json", ADAPTER_FILE))
     if not holds and inner.is_dir():
         return inner
-    if not holds:
+    if not holds and not is_cerebras(path):
         raise ModelError(
             f"{path}: neither a model folder (no config.json) nor a run folder with a finished model/ in it"
         )
@@ -52,6 +57,9 @@ def recognise(folder: Path) -> Format:
 
     Folders of another kind of model are `hf` here; opening them says what they are.
     """
+    described = any((folder / name).is_file() for name in ("config.json", ADAPTER_FILE))
+    if not described and is_cerebras(folder):
+        return "cerebras"
     fields = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     theirs = llava.is_llava(fields)  # with lapilli.json beside it, where a conversion wrote it
     if (folder / ADAPTER_FILE).is_file():
@@ -76,7 +84,7 @@ def open_model(path: Path | str, base: Path | str | None = None, *, template: st
     folder = model_folder(path)
     kind = recognise(folder)
     refuse_quantised(folder)
-    if base is not None and "-" not in kind:
+    if base is not None and "-" not in kind and kind != "cerebras":
         raise ModelError(f"{folder}: a whole model, which takes no base; leave the base out")
     with quiet():
         opened = _open(folder, kind, base, template)
@@ -99,6 +107,8 @@ def _open(folder: Path, kind: Format, base: Path | str | None, template: str | N
             return open_adapter(folder, base, template, open_base)
         case "hf-lora":
             return open_peft(folder, base, open_base)
+        case "cerebras":
+            return open_cerebras_model(folder, base, template)
         case _:
             return open_hf(folder, read_spec(folder), template)
 

@@ -71,20 +71,22 @@ def assembled(
     notes: Notes,
     tower: Tower | None = None,
 ) -> OpenModel:
-    """Make a whole of what a LLaVA folder holds: find its encoder (unless given), and say what the folder leaves open.
+    """Make a whole of what a LLaVA folder holds: find its encoder, and say what the folder leaves open.
 
-    `tensors` are canonical; the encoder's may be among them.
+    `tensors` are canonical; the encoder's may be among them, and are if `tower` is given.
     """
     where = folder / "config.json"
     bound = _template(folder, settings, template, notes).bind(tokenizer)
     image_id = _image_token(where, settings, tokenizer)
-    tower = tower or find_tower(folder, settings, notes)
+    vision_place = str(folder)
+    if tower is None:
+        tower = find_tower(folder, settings, notes)
+        tensors, vision_place = _with_encoder(folder, settings, tower, tensors, notes)
     causal = empty_model(AutoModelForCausalLM, settings.language, where)
     said = settle_ties(settings.language, causal, tensors, where)
     if said:
         notes.warn(said)
     config = _joined_config(settings, tower, image_id)
-    tensors, vision_place = _with_encoder(folder, settings, tower, tensors, notes)
     if not config.image_newline and tensors.pop(names.NEWLINE, None) is not None:
         mode = config.image_layout.mode
         notes.warn(f"{folder}: model.image_newline is left out: image_aspect_ratio {mode} has no use for it")
@@ -169,10 +171,11 @@ def find_tower(folder: Path, settings: LlavaSettings, notes: Notes) -> Tower:
     images = parts.read_image_settings(place, config, settings.mode, "exact")
     if images.assumed:
         notes.warn(f"{place} brings no image processor: pictures get CLIP's mean and deviation")
-    return Tower(place, config, images.spec, _geometry(place, config, images.spec))
+    return Tower(place, config, images.spec, geometry_of(place, config, images.spec))
 
 
-def _geometry(place: str, config: PreTrainedConfig, image: ImageSpec) -> VisionGeometry:
+def geometry_of(place: str, config: PreTrainedConfig, image: ImageSpec) -> VisionGeometry:
+    """An encoder's geometry. Raises ModelError for one without the one class token that LLaVA's layout means."""
     geometry = probe_vision(config, image.tile_size)
     if geometry.prefix_tokens != 1:
         raise ModelError(
