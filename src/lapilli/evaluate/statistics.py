@@ -1,8 +1,8 @@
 """How sure a number is: intervals by resampling questions, and whether two models differ.
 
-Bootstrap as in Efron & Tibshirani (1993), percentile intervals. Resample k draws the same questions for every model with
-the same questions, so that differences between models are paired. Questions are drawn one by one: where many ask about
-one picture the true interval is somewhat wider.
+Bootstrap as in Efron & Tibshirani (1993), percentile intervals. Resample k draws the same questions for every model
+with the same questions, so that differences between models are paired. Questions are drawn one by one: where many ask
+about one picture the true interval is somewhat wider.
 """
 
 from __future__ import annotations

@@ -7,10 +7,9 @@ for one conversation in the form the engine batches: not padded, pixels as uint8
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import PIL.Image
 import torch
 from transformers import BatchFeature
 
@@ -44,6 +43,15 @@ class Prompt:
     @property
     def length(self) -> int:
         return len(self.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A picture as the model takes it, for any number of prompts: see `Prompt`."""
+
+    tiles: torch.Tensor
+    size: tuple[int, int]
+    key: bytes
 
 
 class Processor:
@@ -92,14 +100,20 @@ class Processor:
         ]
         return BatchFeature(collate(prompts, self))
 
-    def prompt(self, chat: Chat, images: Sequence[Picture] | None = None) -> Prompt:
+    def prompt(self, chat: Chat, images: Sequence[Picture] | Sequence[Prepared] | None = None) -> Prompt:
         """Prepare a conversation that waits for an answer; see `conversation.read_chat` for its forms.
 
-        The text is what the template trained the model on. Raises DataError for a conversation or picture that can't
-        be used.
+        The text is what the template trained the model on. Pictures that several prompts ask about are prepared once,
+        by `picture`. Raises DataError for a conversation or picture that can't be used.
         """
-        messages, pictures = read_chat(chat, images)
+        messages, pictures = read_chat(chat, cast(Any, images))
         return self._prompt(self._conversations, messages, pictures)
+
+    def picture(self, picture: Picture) -> Prepared:
+        """Open and tile a picture. Raises DataError if it can't be used."""
+        opened = open_picture(picture, self.limits)
+        tiles = to_tiles(opened, self.image_spec, self.layout)
+        return Prepared(tiles, opened.size, _key(tiles))
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = True) -> str:
         """Text of token ids, as the tokenizer spells them."""
@@ -109,12 +123,12 @@ class Processor:
         """Texts of several rows of token ids."""
         return [self.decode(row, skip_special_tokens) for row in token_ids]
 
-    def _prompt(self, encoder: Encoder, messages: Sequence[Message], pictures: Sequence[Picture]) -> Prompt:
-        opened: list[PIL.Image.Image] = [open_picture(p, self.limits) for p in pictures]
-        sizes = [p.size for p in opened]
+    def _prompt(self, encoder: Encoder, messages: Sequence[Message], pictures: Sequence[Picture | Prepared]) -> Prompt:
+        made = [p if isinstance(p, Prepared) else self.picture(p) for p in pictures]
+        sizes = [p.size for p in made]
         ids, slots = encoder.encode_prompt(messages, sizes)
-        tiles = tuple(to_tiles(p, self.image_spec, self.layout) for p in opened)
-        return Prompt(ids, tiles, tuple(sizes), sum(s.tokens for s in slots), tuple(_key(t) for t in tiles))
+        tokens = sum(s.tokens for s in slots)
+        return Prompt(ids, tuple(p.tiles for p in made), tuple(sizes), tokens, tuple(p.key for p in made))
 
 
 def collate(
