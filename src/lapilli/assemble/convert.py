@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
@@ -22,18 +22,19 @@ from lapilli.assemble.kept import (
     Entry,
     Kept,
     family_of,
-    file_sha256,
     own_files,
     read_kept,
+    settings_sha256,
     write_kept,
 )
 from lapilli.assemble.source import OpenModel, open_model
+from lapilli.assemble.target_cerebras import to_cerebras
+from lapilli.assemble.target_llava import to_llava
 from lapilli.assemble.targets import Draft, Place, vocabulary_rows
 from lapilli.base.atomic import atomic_folder, refuse_taken, write_json
 from lapilli.base.errors import ModelError, RecipeError, unknown
-from lapilli.base.progress import Progress
 from lapilli.base.version import VERSION
-from lapilli.checkpoint.stream import Written, check_space, size_of, total_bytes, write_folder
+from lapilli.checkpoint.stream import Written, check_space, size_of
 from lapilli.model.quiet import quiet
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 How = Literal["sample", "full", "none"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FAMILIES = ("llava", "hf", "lapilli")
+FAMILIES = ("llava", "hf", "lapilli", "cerebras")
 _SMALL_FILES_BYTES = 50 * 10**6
 """What tokenizer, configurations and reports take at most."""
 
@@ -61,6 +62,10 @@ class ConversionReport:
 @dataclass(frozen=True)
 class _Options:
     to: str
+    family: str
+    version: str
+    model: str
+    form: str
     dtype: str | None
     shard_bytes: int
     verify: How
@@ -76,16 +81,21 @@ def convert(
     shard_size: str = "5GB",
     verify: str = "sample",
     template: str | None = None,
+    cerebras_model: str = "mmsimple-llava",
+    cerebras_form: str = "mdl",
     say: Callable[[str], None] = lambda _line: None,
 ) -> ConversionReport:
-    """Write the model of `src` to the new folder `dst` in the format `to`: llava, hf or lapilli.
+    """Write the model of `src` to the new folder `dst` in the format `to`: llava, hf, lapilli or cerebras[-release].
 
     `base` belongs to sources that are pieces of a model; `dtype` (a key of `DTYPES`) changes the stored one; `template`
-    names the conversation template for sources that don't say theirs. `dst` gets its name when everything in it is
-    written and verified; after an interruption nothing is there. Raises RecipeError for a wrong option, RunError if
-    `dst` is taken or the disk too small, ModelError for what can't be read or held, and if the proof fails.
+    names the conversation template for sources that don't say theirs; `cerebras_model` (mmsimple-llava, llava) and
+    `cerebras_form` (mdl: their state file; tensors; tree: image_model and text_model) say which of theirs.
+
+    `dst` gets its name when everything in it is written and verified; after an interruption nothing is there. Raises
+    RecipeError for a wrong option, RunError if `dst` is taken or the disk too small, ModelError for what can't be read
+    or held, and if the proof fails.
     """
-    dst, options = Path(dst), _options(to, dtype, shard_size, verify)
+    dst, options = Path(dst), _options(to, dtype, shard_size, verify, cerebras_model, cerebras_form)
     refuse_taken(dst)
     with quiet():
         say(f"opening {src}")
@@ -93,13 +103,12 @@ def convert(
         own = own_files(opened)
         beside = [opened.folder] if base is None else [opened.folder, Path(base)]
         draft = _draft(opened, own, options, beside)
-        parts = draft.parts()
-        size = sum(total_bytes(part.values()) for part in parts.values())
+        size = draft.size_bytes
         check_space(dst, size + _SMALL_FILES_BYTES)
         with atomic_folder(dst) as folder:
             say(f"writing {dst}")
-            written = _write(parts, folder, options)
-            write_kept(own, opened, to, folder)
+            written = draft.write_weights(folder, options.shard_bytes, hashes=options.verify != "none")
+            write_kept(own, opened, options.family, folder)
             draft.finish(folder)
             proof = _prove(opened, folder, draft, options.verify, say)
             conversion = _conversion(opened, draft, options, written, folder)
@@ -108,21 +117,24 @@ def convert(
     return ConversionReport(dst, conversion, size, proof)
 
 
-def _options(to: str, dtype: str | None, shard_size: str, verify: str) -> _Options:
+def _options(to: str, dtype: str | None, shard_size: str, verify: str, model: str, form: str) -> _Options:
+    family, _, version = to.partition("-")
     for name, value, valid in (
-        ("--to", to, FAMILIES),
+        ("--to", family if version and family == "cerebras" else to, FAMILIES),
         ("--dtype", dtype or "float32", tuple(DTYPES)),
         ("--verify", verify, ("sample", "full", "none")),
+        ("--cerebras-form", form, ("mdl", "tensors", "tree")),
     ):
         if value not in valid:
             raise RecipeError(unknown(name, value, valid))
-    return _Options(to, dtype, size_of(shard_size), cast("How", verify))
+    return _Options(to, family, version or "current", model, form, dtype, size_of(shard_size), cast("How", verify))
 
 
-def _draft(opened: OpenModel, own: Kept, options: _Options, beside: list[Path]) -> Draft:
+def _draft(opened: OpenModel, own: Kept | None, options: _Options, beside: list[Path]) -> Draft:
     """Settle what will be written. Raises ModelError if the format can't hold the model."""
-    to = options.to
-    kept = own if family_of(opened.format) == to else read_kept(opened.folder, to)
+    to = options.family
+    files = "llava" if to == "cerebras" else to
+    kept = own if family_of(opened.format) == files else read_kept(opened.folder, files)
     if options.dtype is not None:
         dtype = DTYPES[options.dtype]
         config = copy.deepcopy(opened.config)
@@ -132,26 +144,11 @@ def _draft(opened: OpenModel, own: Kept, options: _Options, beside: list[Path]) 
     if to == "hf":
         return targets.to_hf(opened, kept)
     if to == "llava":
-        return targets.to_llava(opened, kept, beside)
+        return to_llava(opened, kept, beside)
+    if to == "cerebras":
+        chosen = {"version": options.version, "model": options.model, "form": options.form}
+        return to_cerebras(opened, kept, beside, **chosen)
     return targets.to_lapilli(opened, kept)
-
-
-def _write(parts: Mapping[str, Any], folder: Path, options: _Options) -> dict[Place, Written]:
-    """Write the weights of every sub-folder; return where each tensor stands."""
-    size = sum(total_bytes(part.values()) for part in parts.values())
-    written: dict[Place, Written] = {}
-    with Progress("writing (bytes)", size) as progress:
-        for inner, tensors in parts.items():
-            (folder / inner).mkdir(exist_ok=True)
-            made = write_folder(
-                folder / inner,
-                tensors,
-                shard_bytes=options.shard_bytes,
-                hashes=options.verify != "none",
-                progress=progress,
-            )
-            written |= {(inner, name): place for name, place in made.items()}
-    return written
 
 
 def _prove(opened: OpenModel, folder: Path, draft: Draft, how: How, say: Callable[[str], None]) -> Verification:
@@ -178,7 +175,7 @@ def _conversion(
         source=opened.format,
         target=options.to,
         dtype=options.dtype or "stored",
-        config_sha256=file_sha256(folder / "config.json"),
+        config_sha256=settings_sha256(folder),
         added_rows=max(0, after - before),
         dropped_rows=max(0, before - after),
         tensors=_entries(opened, draft, written),

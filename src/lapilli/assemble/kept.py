@@ -68,7 +68,7 @@ class Conversion(BaseModel):
     dtype: str
     """`stored`: each tensor's own; or what `--dtype` asked for."""
     config_sha256: str
-    """Of config.json as written here."""
+    """Of config.json as written here; for Cerebras' folders, of all their configuration."""
     added_rows: int = 0
     """Rows of the vocabulary's tables."""
     dropped_rows: int = 0
@@ -85,36 +85,42 @@ class Kept:
     config: dict[str, Any]
     names: dict[str, list[str]]
     """Canonical name: names in the checkpoint's own files; none for what lay elsewhere."""
+    hub: bool
+    """config.json of a LLaVA checkpoint names an encoder that is no folder beside it."""
     vision_sha256: str | None
-    """Of the vision encoder, where the checkpoint named one on the Hub."""
+    """Of that encoder."""
     dtype: str
     """Of the language model."""
 
 
-FAMILIES = {"llava-lora": "llava", "llava-projector": "llava", "lapilli-adapter": "lapilli"}
-"""Formats whose folders say the same as another's."""
+_PIECES = {"llava-lora": "llava", "llava-projector": "llava", "lapilli-adapter": "lapilli", "hf-lora": "hf"}
+"""Formats of folders that need a base, and what they are once joined with it."""
 
 
 def family_of(source_format: str) -> str:
     """The format whose files a folder of `source_format` has."""
-    return FAMILIES.get(source_format, source_format)
+    return _PIECES.get(source_format, source_format)
 
 
-def own_files(opened: OpenModel) -> Kept:
-    """A source's small files and the names of its tensors, as they are now."""
+def own_files(opened: OpenModel) -> Kept | None:
+    """A source's small files and the names of its tensors, as they are now; None if they don't describe the whole."""
+    if opened.format in ("lapilli-adapter", "hf-lora", "cerebras"):
+        return None
     names: dict[str, list[str]] = {}
     config = read_json(opened.folder / "config.json") if (opened.folder / "config.json").is_file() else {}
-    if opened.format not in FAMILIES:
+    if opened.format not in _PIECES:
         for name, tensor in opened.tensors.items():
             file, _, source = tensor.where.rpartition(": ")
             names[name] = [source] if Path(file).parent == opened.folder else []
-    digest = None
     if opened.format == "llava":
         _add_untuned(opened, names)
+    hub, digest = False, None
     if family_of(opened.format) == "llava":
+        config |= opened.settings
         tower = str(config.get("mm_vision_tower") or config.get("vision_tower"))
-        digest = None if (opened.folder / tower).is_dir() else vision_sha256(opened.tensors)
-    return Kept(opened.folder, config, names, digest, dtype_of(opened))
+        hub = not (opened.folder / tower).is_dir()
+        digest = vision_sha256(opened.tensors) if hub and opened.places["vision"] != str(opened.folder) else None
+    return Kept(opened.folder, config, names, hub, digest, dtype_of(opened))
 
 
 def dtype_of(opened: OpenModel) -> str:
@@ -160,9 +166,9 @@ def read_conversion(folder: Path) -> Conversion | None:
         made = Conversion.model_validate(read_json(file))
     except ValidationError as error:
         raise ModelError(f"{file}: not what a conversion writes ({error.errors()[0]['msg']}); remove it") from error
-    if made.config_sha256 != file_sha256(folder / "config.json"):
+    if made.config_sha256 != settings_sha256(folder):
         log.warning(
-            "%s: config.json was changed after the conversion; it counts, what was kept of the first folder does not",
+            "%s: its configuration was changed after the conversion; what was kept of the first folder does not count",
             folder,
         )
         return None
@@ -175,28 +181,30 @@ def read_kept(folder: Path, family: str) -> Kept | None:
     if not (place / _NAMES).is_file() or read_conversion(folder) is None:
         return None
     written = read_json(place / _NAMES)
-    return Kept(place, read_json(place / "config.json"), written["names"], written["vision_sha256"], written["dtype"])
+    return Kept(place, read_json(place / "config.json"), **written)
 
 
-def write_kept(own: Kept, opened: OpenModel, to: str, draft: Path) -> None:
+def write_kept(own: Kept | None, opened: OpenModel, to: str, draft: Path) -> None:
     """Lay the source's small files into `draft`, and what it had itself kept of formats other than `to`."""
     family = family_of(opened.format)
     earlier = opened.folder / FOLDER
     if earlier.is_dir() and read_conversion(opened.folder) is not None:
         for place in sorted(p for p in earlier.iterdir() if p.is_dir() and p.name not in (family, to)):
             shutil.copytree(place, draft / FOLDER / place.name)
-    if family == to:
+    if own is None or family == to:
         return
     place = draft / FOLDER / family
     place.mkdir(parents=True)
     copy_files(_FILES, own.folder, place)
-    written = {"names": own.names, "vision_sha256": own.vision_sha256, "dtype": own.dtype}
+    (place / "config.json").write_text(json.dumps(own.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    written = {key: getattr(own, key) for key in ("names", "hub", "vision_sha256", "dtype")}
     (place / _NAMES).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
-def file_sha256(file: Path) -> str:
-    """SHA-256 of a file in hexadecimal; of nothing where there is no file."""
-    return hashlib.sha256(file.read_bytes() if file.is_file() else b"").hexdigest()
+def settings_sha256(folder: Path) -> str:
+    """SHA-256 of the files that say what the model is."""
+    files = [folder / "config.json", folder / "text_model" / "config.json", *sorted(folder.glob("*.yaml"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
 
 
 def vision_sha256(tensors: Tensors) -> str:

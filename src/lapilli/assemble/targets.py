@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,19 +17,15 @@ from typing import TYPE_CHECKING, Any
 from lapilli.assemble import rows
 from lapilli.assemble.build import where_it_fits
 from lapilli.assemble.folder import FolderSpec, joined_fields, write_spec
-from lapilli.assemble.kept import TOKENIZER_FILES, Kept, dtype_of, vision_sha256
-from lapilli.assemble.old_tokenizer import write_old_tokenizer
+from lapilli.assemble.kept import Kept, dtype_of
 from lapilli.assemble.save import hf_processor
 from lapilli.base.errors import ModelError
-from lapilli.checkpoint import llava_write
-from lapilli.checkpoint.hf_write import hf_fields, hf_names, own_fields, own_names, vision_prefix
-from lapilli.checkpoint.stream import Tensors, copy_files
+from lapilli.base.progress import Progress
+from lapilli.checkpoint.hf_write import hf_fields, hf_names, own_fields, own_names
+from lapilli.checkpoint.stream import Tensors, Written, total_bytes, write_folder
 
 if TYPE_CHECKING:
     from lapilli.assemble.source import OpenModel
-
-_LONGEST = 2**20
-"""Tokenizers without a limit say a number that has no end."""
 
 Place = tuple[str, str]
 """Sub-folder (empty: the folder itself) and name there."""
@@ -46,6 +42,25 @@ class Draft:
     finish: Callable[[Path], None]
     """Writes every file but the weights."""
     notes: list[str] = field(default_factory=list)
+    write: Callable[[Draft, Path, int, bool, Progress], dict[Place, Written]] | None = None
+    """Writes the weights of a format that is not safetensors under the names of `places`."""
+
+    @property
+    def size_bytes(self) -> int:
+        """What the weights take on disk."""
+        return sum(total_bytes(part.values()) for part in self.parts().values())
+
+    def write_weights(self, folder: Path, shard_bytes: int, *, hashes: bool) -> dict[Place, Written]:
+        """Write the weights, a tensor at a time; return the file and the hash of each."""
+        written: dict[Place, Written] = {}
+        with Progress("writing (bytes)", self.size_bytes) as progress:
+            if self.write is not None:
+                return self.write(self, folder, shard_bytes, hashes, progress)
+            for inner, part in self.parts().items():
+                (folder / inner).mkdir(exist_ok=True)
+                made = write_folder(folder / inner, part, shard_bytes=shard_bytes, hashes=hashes, progress=progress)
+                written |= {(inner, name): place for name, place in made.items()}
+        return written
 
     def parts(self) -> dict[str, Tensors]:
         """Tensors by their new names, for each sub-folder."""
@@ -72,12 +87,14 @@ def with_vocabulary(opened: OpenModel, wanted: int) -> OpenModel:
     return dataclasses.replace(opened, config=config, tensors=tensors)
 
 
-def _described(opened: OpenModel, stored_as: Any, because: str = "") -> FolderSpec:
+def described(opened: OpenModel, stored_as: Any, because: str = "") -> FolderSpec:
+    """What lapilli.json says of the target."""
     change = {"stored_as": stored_as, "stored_because": because, "joined": joined_fields(opened.config)}
     return opened.spec.model_copy(update=change)
 
 
-def _write_json(file: Path, fields: Mapping[str, Any]) -> None:
+def write_fields(file: Path, fields: Mapping[str, Any]) -> None:
+    """Write a JSON file of a folder that is not there yet."""
     file.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -96,14 +113,14 @@ def to_hf(opened: OpenModel, kept: Kept | None) -> Draft:
     names = hf_names(made.tensors, made.config)
     fields = hf_fields(made.config)
     if kept is not None:
-        fields = _as_before(kept, made)
+        fields = as_before(kept, made)
         names |= {name: before[0] for name, before in kept.names.items() if name in names and before}
-    spec = _described(made, "transformers")
+    spec = described(made, "transformers")
 
     def finish(folder: Path) -> None:
         processor = hf_processor(made.config, made.tokenizer, spec)
         _write_beside(folder, made, spec, processor)
-        _write_json(folder / "config.json", fields)
+        write_fields(folder / "config.json", fields)
 
     return Draft(made, _whole(names), finish)
 
@@ -113,13 +130,13 @@ def to_lapilli(opened: OpenModel, kept: Kept | None) -> Draft:
     names = own_names(opened.tensors)
     fields = own_fields(opened.config)
     if kept is not None:
-        fields = _as_before(kept, opened)
+        fields = as_before(kept, opened)
     because = where_it_fits(opened.config, opened.spec.image) or "the conversion asked for it"
-    spec = _described(opened, "lapilli", because)
+    spec = described(opened, "lapilli", because)
 
     def finish(folder: Path) -> None:
         _write_beside(folder, opened, spec)
-        _write_json(folder / "config.json", fields)
+        write_fields(folder / "config.json", fields)
 
     return Draft(opened, _whole(names), finish)
 
@@ -128,7 +145,7 @@ def _whole(names: Mapping[str, str]) -> dict[str, list[Place]]:
     return {name: [("", target)] for name, target in names.items()}
 
 
-def _as_before(kept: Kept, opened: OpenModel) -> dict[str, Any]:
+def as_before(kept: Kept, opened: OpenModel) -> dict[str, Any]:
     """The config.json of before, with the dtype of now if that is another."""
     dtype = dtype_of(opened)
     if dtype == kept.dtype:
@@ -146,94 +163,3 @@ def _write_beside(folder: Path, opened: OpenModel, spec: FolderSpec, processor: 
     tokenizer.save_pretrained(folder)
     if opened.generation_config is not None:
         opened.generation_config.save_pretrained(folder)
-
-
-# ---- LLaVA's layout ---------------------------------------------------------------------------------------------
-
-
-def to_llava(opened: OpenModel, kept: Kept | None, beside: Iterable[Path]) -> Draft:
-    """LLaVA's layout, with the vocabulary that the language model was trained with.
-
-    `beside` are folders where the source's own tokenizer files may lie. The vision encoder stays the one on the Hub
-    that the checkpoint named, if it is still that one; otherwise it is written into a folder of its own inside.
-    Raises ModelError if the layout can't hold the model.
-    """
-    why_not = llava_write.why_not_llava(opened.config)
-    if why_not:
-        raise ModelError(
-            f"{opened.folder}: LLaVA's layout can't hold this model: {why_not}. Our own type can: --to lapilli"
-        )
-    notes: list[str] = []
-    made = with_vocabulary(opened, _needed_rows(opened, notes))
-    config = made.config
-    named = kept is not None and kept.vision_sha256 is not None
-    if kept is not None and named and kept.vision_sha256 != vision_sha256(made.tensors):
-        named = False
-        notes.append("the vision encoder is no longer the one that config.json named; it is written out")
-    places = _llava_places(made, kept, named)
-    if kept is None:
-        fields = llava_write.llava_fields(
-            config,
-            dtype_of(made),
-            tower=llava_write.TOWER,
-            im_start_end=made.spec.im_start_end,
-            max_length=min(made.tokenizer.model_max_length, _LONGEST),
-        )
-    else:
-        fields = _as_before(kept, made) | {"vocab_size": vocabulary_rows(made)}
-        fields |= {} if named else {"mm_vision_tower": llava_write.TOWER}
-    spec = _described(made, "llava")
-
-    def finish(folder: Path) -> None:
-        write_spec(folder, spec)
-        if not named:
-            inner = folder / llava_write.TOWER
-            _write_json(inner / "preprocessor_config.json", llava_write.tower_processor(spec.image))
-            _write_json(inner / "config.json", llava_write.tower_fields(config))
-        if kept is None or not copy_files(TOKENIZER_FILES, kept.folder, folder):
-            notes.extend(write_old_tokenizer(made.tokenizer, beside, vocabulary_rows(made), folder))
-        if kept is None or not copy_files(["generation_config.json"], kept.folder, folder):
-            _write_generation(folder, made)
-        _write_json(folder / "config.json", fields)
-
-    return Draft(made, places, finish, notes)
-
-
-def _needed_rows(opened: OpenModel, notes: list[str]) -> int:
-    """Rows without those that a conversion added for the image token, unless other tokens have come to need them."""
-    trained, there = opened.trained_rows, vocabulary_rows(opened)
-    others = [
-        t for t, i in opened.tokenizer.get_vocab().items() if trained <= i < there and t != opened.spec.image_token
-    ]
-    if trained < there and others:
-        notes.append(
-            f"all {there} rows are kept: the tokenizer has {', '.join(sorted(others)[:3])} beyond the first {trained}"
-        )
-        return there
-    return min(trained, there)
-
-
-def _llava_places(made: OpenModel, kept: Kept | None, named: bool) -> dict[str, list[Place]]:
-    names = llava_write.llava_names(made.tensors, made.config)
-    before = kept.names if kept is not None else {}
-    alone = vision_prefix(made.config.vision_config)
-    places: dict[str, list[Place]] = {}
-    for name, target in names.items():
-        found = [("", known) for known in before.get(name, [])]
-        if name.startswith("vision."):
-            inner = [] if named else [(llava_write.TOWER, alone + name.removeprefix("vision."))]
-            places[name] = found + inner
-        else:
-            places[name] = found or [("", target)]
-    return places
-
-
-def _write_generation(folder: Path, made: OpenModel) -> None:
-    """generation_config.json without the image token where that has no row: the original would stumble over it."""
-    if made.generation_config is None:
-        return
-    fields = made.generation_config.to_diff_dict()
-    if not made.config.image_row:
-        fields.pop("suppress_tokens", None)
-    fields.pop("transformers_version", None)
-    _write_json(folder / "generation_config.json", fields)

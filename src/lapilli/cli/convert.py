@@ -51,6 +51,10 @@ def convert(
     template: Annotated[
         str | None, typer.Option(help="Conversation template, where the source does not say its own.")
     ] = None,
+    cerebras_model: Annotated[str, typer.Option(help="mmsimple-llava, or the older llava.")] = "mmsimple-llava",
+    cerebras_form: Annotated[
+        str, typer.Option(help="mdl (their state file), tensors, or tree (image_model/ and text_model/).")
+    ] = "mdl",
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="REPO", help="Upload the folder to this Hugging Face Hub repository, private.")
     ] = None,
@@ -81,9 +85,11 @@ def convert(
         shard_size=shard_size,
         verify=verify,
         template=template,
+        cerebras_model=cerebras_model,
+        cerebras_form=cerebras_form,
         say=lambda line: typer.echo(f"  {line} ..."),
     )
-    _print(made)
+    print_report(made)
     if push_to_hub is not None:
         typer.echo(f"uploaded to {push(made.folder, push_to_hub)}")
 
@@ -100,7 +106,8 @@ def _list() -> None:
     Console(highlight=False).print(table)
 
 
-def _print(made: ConversionReport) -> None:
+def print_report(made: ConversionReport) -> None:
+    """Print what was converted, and the proof."""
     from rich.console import Console
 
     console = Console(highlight=False)
