@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from lapilli.base.atomic import atomic_folder, refuse_taken
 from lapilli.base.errors import ModelError
 from lapilli.base.progress import Progress
 from lapilli.base.version import VERSION
+from lapilli.checkpoint.names import canonical, said
 from lapilli.checkpoint.stream import (
     Lazy,
     Tensors,
@@ -38,7 +39,6 @@ VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight", "transformer.wte.we
 """Tables with a row per token, of which a target may have more than its base: those rows stand as they are."""
 
 _HEAD = "lm_head.weight"
-_COMPUTED = (".rotary_emb.inv_freq", "embeddings.position_ids")
 _COMPANIONS = (".json", ".model", ".txt", ".jinja")
 _DTYPE = torch.float16
 _CHUNK = 2**22
@@ -61,6 +61,8 @@ class DeltaReport:
     copied: list[str] = field(default_factory=list)
     base_checked: str = ""
     """How the base was recognised."""
+    warning: str = ""
+    """Why this is probably not the delta's base; empty if nothing speaks against it."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -77,12 +79,19 @@ def make_delta(base: Path, target: Path, out: Path, *, shard_bytes: int = 5 * 10
     return report
 
 
-def apply_delta(base: Path, delta: Path, out: Path, *, shard_bytes: int = 5 * 10**9) -> DeltaReport:
+def apply_delta(
+    base: Path,
+    delta: Path,
+    out: Path,
+    *,
+    shard_bytes: int = 5 * 10**9,
+    warn: Callable[[str], None] = lambda _line: None,
+) -> DeltaReport:
     """Write `base` plus `delta` to the new folder `out`: the target.
 
     Raises ModelError for a base of another shape or other names, and for one that is not the delta's by its recorded
-    fingerprint; where none is recorded, `notes` says when the numbers speak against it. RunError for an `out` that
-    exists or does not fit.
+    fingerprint; where none is recorded, `warn` is told, before anything is written, if the numbers speak against it.
+    RunError for an `out` that exists or does not fit.
     """
     report = DeltaReport("target", out)
     below, above = _open(base, delta, out, report)
@@ -94,11 +103,12 @@ def apply_delta(base: Path, delta: Path, out: Path, *, shard_bytes: int = 5 * 10
         share = _share_rounded(below, above)
         report.base_checked = f"no fingerprint recorded; {share:.1%} of sampled sums need rounding"
         if share > _ROUNDED:
-            report.notes.append(
+            report.warning = (
                 f"{base} is probably not the base of {delta}: {share:.0%} of the sampled sums don't fit float16, where "
                 f"the right base leaves at most {_ROUNDED:.0%}; LLaVA's deltas are made on the original LLaMA "
                 "weights, not on Vicuna or Llama 2"
             )
+            warn(report.warning)
     _write(report, delta, {k: _joined(t, below.get(k), 1) for k, t in above.items()}, None, shard_bytes)
     return report
 
@@ -131,11 +141,9 @@ def _open(base: Path, above: Path, out: Path, report: DeltaReport) -> tuple[Tens
 
 
 def _opened(folder: Path, report: DeltaReport) -> Tensors:
-    found = open_folder(folder)
-    kept = {name: tensor for name, tensor in found.items() if not name.endswith(_COMPUTED)}
-    if len(kept) < len(found):
-        dropped = len(found) - len(kept)
-        report.notes.append(f"{folder}: {dropped} tables of positions are computed from config.json, not read")
+    kept, computed = canonical(open_folder(folder), lambda name: name)
+    if computed:
+        report.notes.append(f"{folder}: {said(computed)}")
     return kept
 
 

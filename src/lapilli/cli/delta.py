@@ -29,14 +29,30 @@ def make(
     target_flag: _Target = None,
     delta_flag: _Delta = None,
     shard_size: _ShardSize = "5GB",
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            "--push-to-hub",
+            "--hub-repo-id",
+            metavar="REPO",
+            help="Upload the folder to this Hugging Face Hub repository, private.",
+        ),
+    ] = None,
 ) -> None:
     """Write TARGET minus BASE, in float16, to the new folder OUT."""
     chosen = _chosen({"BASE": (base, base_flag), "TARGET": (target, target_flag), "OUT": (out, delta_flag)})
+    if push_to_hub is not None:
+        from lapilli.assemble.hub import check_hub, push
+
+        check_hub(push_to_hub)
 
     from lapilli.checkpoint.delta import make_delta
     from lapilli.checkpoint.stream import size_of
 
-    _print(make_delta(*chosen, shard_bytes=size_of(shard_size)))
+    made = make_delta(*chosen, shard_bytes=size_of(shard_size))
+    _print(made)
+    if push_to_hub is not None:
+        typer.echo(f"uploaded to {push(made.out, push_to_hub)}")
 
 
 @app.command()
@@ -55,7 +71,10 @@ def apply(
     from lapilli.checkpoint.delta import apply_delta
     from lapilli.checkpoint.stream import size_of
 
-    _print(apply_delta(*chosen, shard_bytes=size_of(shard_size)))
+    def warn(line: str) -> None:
+        typer.echo(f"warning: {line}", err=True)
+
+    _print(apply_delta(*chosen, shard_bytes=size_of(shard_size), warn=warn))
 
 
 def _chosen(given: dict[str, tuple[str | None, str | None]]) -> list:
