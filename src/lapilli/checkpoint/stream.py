@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from lapilli.base.errors import ModelError, RunError
 from lapilli.base.progress import Progress
+from lapilli.checkpoint.mapping import map_bytes
 from lapilli.checkpoint.tensors import map_pickle, read_index, some, weight_file
 
 _DTYPES = {
@@ -123,18 +124,32 @@ def _open_one(file: Path) -> Tensors:
     if file.suffix != ".safetensors":
         return {name: held(tensor, f"{file}: {name}") for name, tensor in map_pickle(file).items()}
     try:
-        handle: Any = safe_open(file, framework="pt")
-        return {name: _mapped(file, handle, name) for name in handle.offset_keys()}
-    except (OSError, SafetensorError) as error:
+        with safe_open(file, framework="numpy"):  # checks the header against the file
+            pass
+        with open(file, "rb") as stream:
+            size = struct.unpack("<Q", stream.read(8))[0]
+            table: dict[str, Any] = json.loads(stream.read(size))
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{file}: can't be read as weights ({error}); copy it again") from error
+    table.pop("__metadata__", None)
+    places = sorted(table.items(), key=lambda item: item[1]["data_offsets"])
+    return {name: _mapped(file, name, about, 8 + size) for name, about in places}
 
 
-def _mapped(file: Path, handle: Any, name: str) -> Lazy:
-    about = handle.get_slice(name)
-    kind = _DTYPES.get(about.get_dtype())
+def _mapped(file: Path, name: str, about: Mapping[str, Any], data: int) -> Lazy:
+    """A tensor by its entry in the header; the file's data begin at `data`."""
+    kind, shape = _DTYPES.get(about["dtype"]), tuple(about["shape"])
     if kind is None:
-        raise ModelError(f"{file}: {name} is of type {about.get_dtype()}, which is not supported")
-    return Lazy(tuple(about.get_shape()), kind, f"{file}: {name}", lambda: handle.get_tensor(name))
+        raise ModelError(f"{file}: {name} is of type {about['dtype']}, which is not supported")
+    start, end = about["data_offsets"]
+
+    def read() -> torch.Tensor:
+        try:
+            return map_bytes(file, data + start, end - start).view(kind).view(shape)
+        except (OSError, RuntimeError) as error:
+            raise ModelError(f"{file}: {name} can't be read ({error})") from error
+
+    return Lazy(shape, kind, f"{file}: {name}", read)
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------
