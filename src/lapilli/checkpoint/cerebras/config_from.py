@@ -137,7 +137,7 @@ def _of_legacy(part: Mapping[str, Any]) -> tuple[Mapping[str, Any], Any, Any, An
 
 def _vision_from(vision: Mapping[str, Any], left: list[str]) -> dict[str, Any]:
     where = "vision encoder"
-    made = {ours: vision[theirs] for ours, theirs in VISION_KEYS.items() if vision.get(theirs) is not None}
+    made = {ours: _number(vision[theirs]) for ours, theirs in VISION_KEYS.items() if vision.get(theirs) is not None}
     made.setdefault("projection_dim", CLIP["projection_dim"])
     for key in ("image_size", "patch_size"):
         value = vision.get(key)
@@ -159,7 +159,7 @@ def _vision_from(vision: Mapping[str, Any], left: list[str]) -> dict[str, Any]:
 
 def _text_from(text: Mapping[str, Any], left: list[str]) -> dict[str, Any]:
     where = "text_model"
-    made = {ours: text[theirs] for ours, theirs in LANGUAGE_KEYS.items() if text.get(theirs) is not None}
+    made = {ours: _number(text[theirs]) for ours, theirs in LANGUAGE_KEYS.items() if text.get(theirs) is not None}
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "max_position_embeddings", "rms_norm_eps"):  # fmt: skip
         if key not in made:
@@ -227,6 +227,14 @@ def _freezes_text(freeze: Any) -> bool:
     """Whether the language model stays as it is; the patterns are searched in module names."""
     patterns = freeze if isinstance(freeze, list) else []
     return any(str(pattern).lstrip("^").startswith("text_model") for pattern in patterns)
+
+
+def _number(value: Any) -> Any:
+    """`1e-5` without a point is text to YAML, and a number to everybody who writes it."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _fixed(where: str, found: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
