@@ -19,6 +19,7 @@ import transformers
 
 from lapilli.base import atomic
 from lapilli.base.errors import DataError, LapilliError, RunError
+from lapilli.base.interrupt import StopWish
 from lapilli.base.progress import Progress
 from lapilli.base.version import VERSION
 from lapilli.data.loader import Step
@@ -28,7 +29,6 @@ from lapilli.recipe.resolved import resolved_yaml
 from lapilli.recipe.schema import Stage
 from lapilli.train.finish import export
 from lapilli.train.folder import LEFT_OUT, MANIFEST, only_writer, open_folder, refuse_differences, run_facts
-from lapilli.train.interrupt import StopWish
 from lapilli.train.metrics import MetricsFile, read_metrics
 from lapilli.train.monitor import Monitor, padding_share
 from lapilli.train.optimizer import set_learning_rate

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish to stop: the step under way is finished and the run's state is saved.
+"""SIGINT and SIGTERM as a wish to stop: what is under way is finished and saved, so that it can go on.
 
 A second SIGINT stops at once, for a user who does not want to wait.
 """
