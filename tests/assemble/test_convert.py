@@ -329,3 +329,23 @@ def _round_trip(fields, tensors, root: Path):
     _go(root / "there", root / "back", "llava")
     assert _same(_weights(root / "back"), tensors)
     assert _fields(root / "back") == fields | {"mm_vision_tower": "vision_tower"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("to", "form"), [("cerebras", "mdl"), ("cerebras-2.3", "tensors"), ("cerebras-2.4", "tree")])
+def test_through_cerebras_and_back(to, form, tmp_path):
+    source = restore(V15, tmp_path)
+    _go(source, tmp_path / "there", to, cerebras_form=form, template="llava_v1")
+    assert lapilli.load(tmp_path / "there").template.name == "llava_v1"
+    _go(tmp_path / "there", tmp_path / "back", "llava", template=None)
+    assert _same(_weights(tmp_path / "back"), tensors_of(V15))
+    assert _fields(tmp_path / "back") == _fields(source) | {"mm_vision_tower": "vision_tower"}
+
+
+@pytest.mark.slow
+def test_from_transformers_through_cerebras_and_back(v15, tmp_path):
+    source = v15[1].folder
+    _go(source, tmp_path / "there", "cerebras", verify="sample")
+    _go(tmp_path / "there", tmp_path / "back", "hf", template=None)
+    assert _same(_weights(tmp_path / "back"), _weights(source))
+    assert _fields(tmp_path / "back") == _fields(source)
