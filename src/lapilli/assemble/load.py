@@ -74,7 +74,10 @@ def load(
     folder = model_folder(path)
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
     quantised = base is None and is_quantised(folder)
-    opened = open_quantised(folder, template) if quantised else open_model(folder, base, template=template)
+    if quantised:
+        opened = open_quantised(folder, template)
+    else:
+        opened = open_model(folder, base, template=template, merged_as=dtype)
     with quiet():
         model = materialise(opened, dtype)
     loaded = Loaded(model, opened.tokenizer, opened.spec, folder)

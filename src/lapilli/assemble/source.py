@@ -73,12 +73,18 @@ def recognise(folder: Path) -> Format:
     return "lapilli" if fields.get("model_type") == "lapilli" else "hf"
 
 
-def open_model(path: Path | str, base: Path | str | None = None, *, template: str | None = None) -> OpenModel:
+def open_model(
+    path: Path | str,
+    base: Path | str | None = None,
+    *,
+    template: str | None = None,
+    merged_as: torch.dtype | None = None,
+) -> OpenModel:
     """Open a model folder of any format; folders that are pieces of a model need the `base` they belong to.
 
-    `template` names the conversation template, for folders that don't say theirs, or in place of it. Nothing but
-    headers is read. Raises ModelError for a folder that is no model, for what is missing in it, and for tensors that
-    don't fit its configuration.
+    `template` names the conversation template, for folders that don't say theirs, or in place of it. Weights that
+    adapters change come as their base is stored, or as `merged_as`. Nothing but headers is read. Raises ModelError
+    for a folder that is no model, for what is missing in it, and for tensors that don't fit its configuration.
     """
     register()
     folder = model_folder(path)
@@ -87,26 +93,28 @@ def open_model(path: Path | str, base: Path | str | None = None, *, template: st
     if base is not None and "-" not in kind and kind != "cerebras":
         raise ModelError(f"{folder}: a whole model, which takes no base; leave the base out")
     with quiet():
-        opened = _open(folder, kind, base, template)
+        opened = _open(folder, kind, base, template, merged_as)
         check(opened)
     return opened
 
 
-def _open(folder: Path, kind: Format, base: Path | str | None, template: str | None) -> OpenModel:
+def _open(
+    folder: Path, kind: Format, base: Path | str | None, template: str | None, dtype: torch.dtype | None
+) -> OpenModel:
     def open_base(path: Path) -> OpenModel:
-        return open_model(path, template=template)
+        return open_model(path, template=template, merged_as=dtype)
 
     match kind:
         case "llava":
             return open_llava(folder, template)
         case "llava-lora":
-            return pieces.open_lora(folder, base, template)
+            return pieces.open_lora(folder, base, template, dtype)
         case "llava-projector":
             return pieces.open_projector_only(folder, base, template)
         case "lapilli-adapter":
-            return open_adapter(folder, base, template, open_base)
+            return open_adapter(folder, base, template, open_base, dtype)
         case "hf-lora":
-            return open_peft(folder, base, open_base)
+            return open_peft(folder, base, open_base, dtype)
         case "cerebras":
             return open_cerebras_model(folder, base, template)
         case _:

@@ -1,6 +1,6 @@
 """LoRA adapters on disk, merged into the weights they belong to a tensor at a time.
 
-The arithmetic is PEFT's (W + B·A·alpha/r), done in float32 and rounded once, to the weight's stored type. What PEFT
+The arithmetic is PEFT's (W + B·A·alpha/r), done in float32 and rounded once. What PEFT
 can do beyond that, and would change the weights in another way, is refused by the name of its setting.
 """
 
@@ -136,8 +136,10 @@ def _by_layer(config: Mapping[str, Any], key: str, layer: str, default: Any) -> 
     return next((value for name, value in patterns.items() if re.fullmatch(rf"(.*\.)?({name})", layer)), default)
 
 
-def merged(tensors: Tensors, adapters: Adapters, name_of: Callable[[str], str | None]) -> Tensors:
-    """The tensors with the adapters added as they are read.
+def merged(
+    tensors: Tensors, adapters: Adapters, name_of: Callable[[str], str | None], dtype: torch.dtype | None = None
+) -> Tensors:
+    """The tensors with the adapters added as they are read; what they change comes in `dtype` (None: as stored).
 
     `name_of` gives the name in `tensors` for a name in the adapters' file; None leaves the adapter out, which the
     caller has to say. Raises ModelError for an adapter that has no weight here, or one of another shape.
@@ -146,7 +148,7 @@ def merged(tensors: Tensors, adapters: Adapters, name_of: Callable[[str], str | 
     for name, update in adapters.updates.items():
         ours = name_of(name)
         if ours is not None:
-            made[ours] = _added(_weight(made, ours, name, update.a), update)
+            made[ours] = _added(_weight(made, ours, name, update.a), update, dtype)
     for name, tensor in adapters.whole.items():
         ours = name_of(name)
         if ours is None:
@@ -154,7 +156,7 @@ def merged(tensors: Tensors, adapters: Adapters, name_of: Callable[[str], str | 
         old = _weight(made, ours, name, tensor)
         if old.shape != tensor.shape:
             raise ModelError(f"{tensor.where}: has shape {tensor.shape}, the base's {old.where} {old.shape}")
-        made[ours] = tensor.to(old.dtype)
+        made[ours] = tensor.to(dtype or old.dtype)
     return made
 
 
@@ -166,10 +168,11 @@ def _weight(tensors: Tensors, ours: str, name: str, adapter: Lazy) -> Lazy:
     return tensors[ours]
 
 
-def _added(weight: Lazy, update: Update) -> Lazy:
+def _added(weight: Lazy, update: Update, dtype: torch.dtype | None) -> Lazy:
     if weight.shape != update.shape:
         raise ModelError(
             f"{update.a.where}: trained on a weight of shape {update.shape}, the base's {weight.where} has "
             f"{weight.shape}; give the model that this was trained on as its base"
         )
-    return weight.then(lambda value: update.delta().add_(value).to(value.dtype))
+    made = dtype or weight.dtype
+    return weight.then(lambda value: update.delta().add_(value).to(made), dtype=made)

@@ -7,6 +7,7 @@ give a model that runs and is wrong.
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM
 
 from lapilli.assemble.adapter import ADAPTER_FILE, PROJECTOR, base_of, hash_of_base
@@ -24,11 +25,18 @@ from lapilli.checkpoint.tensors import read_json
 OpenBase = Callable[[Path], OpenModel]
 
 
-def open_adapter(folder: Path, base: Path | str | None, template: str | None, open_base: OpenBase) -> OpenModel:
+def open_adapter(
+    folder: Path,
+    base: Path | str | None,
+    template: str | None,
+    open_base: OpenBase,
+    dtype: torch.dtype | None = None,
+) -> OpenModel:
     """Open an adapter of ours over its base (the one given, else the one that it was trained on).
 
-    Template and image mode are the adapter's own, unless `template` is given. Raises ModelError if no base is found,
-    if it is not the one that the adapter was trained on, or if the adapter doesn't fit it.
+    What adapters change comes in `dtype` (None: as the base is stored). Template and image mode are the adapter's
+    own, unless `template` is given. Raises ModelError if no base is found, if it is not the one that the adapter was
+    trained on, or if the adapter doesn't fit it.
     """
     place = base or base_of(folder)
     if place is None or not Path(place).exists():
@@ -47,7 +55,7 @@ def open_adapter(folder: Path, base: Path | str | None, template: str | None, op
     # Adapters go by the names in memory, which for some models differ from those on disk.
     places = Names(empty_model(AutoModelForCausalLM, made.config.text_config, made.folder))
     known = {places.place(name): names.language_name(name) for name in made.part(names.LANGUAGE)}
-    tensors = lora.merged(made.tensors, adapters, lambda name: known.get(name, names.language_name(name)))
+    tensors = lora.merged(made.tensors, adapters, lambda name: known.get(name, names.language_name(name)), dtype)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(names.PROJECTOR)}
     tensors |= open_file(folder / PROJECTOR)
     notes.info(f"{folder}: {len(adapters.updates)} adapters over {place}, merged as they are read")
@@ -93,7 +101,9 @@ def _describe_as_adapter(opened: OpenModel, template: str | None) -> None:
     )
 
 
-def open_peft(folder: Path, base: Path | str | None, open_base: OpenBase) -> OpenModel:
+def open_peft(
+    folder: Path, base: Path | str | None, open_base: OpenBase, dtype: torch.dtype | None = None
+) -> OpenModel:
     """Open adapters that PEFT trained on a model in transformers' own layout.
 
     Raises ModelError for adapters whose names are LLaVA's: those are an unfinished run's, without their projector.
@@ -111,7 +121,7 @@ def open_peft(folder: Path, base: Path | str | None, open_base: OpenBase) -> Ope
         raise ModelError(f"{adapters.file}: {foreign[0]}: has no place in a joined model")
     notes = Notes(made.notes)
     notes.info(f"{folder}: {len(adapters.updates)} adapters over {place}, merged as they are read")
-    tensors = lora.merged(made.tensors, adapters, name_of)
+    tensors = lora.merged(made.tensors, adapters, name_of, dtype)
     return OpenModel(
         folder, "hf-lora", made.config, tensors, made.tokenizer, made.spec, made.generation_config, notes, made.places
     )

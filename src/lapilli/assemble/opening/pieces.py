@@ -7,6 +7,7 @@ describes the whole. What a piece lacks and its base can't give is said with whe
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from lapilli.assemble.opening.llava import IM_PATCH, assembled
@@ -51,9 +52,12 @@ def open_projector_only(folder: Path, base: Path | str | None, template: str | N
     return _joined(folder, "llava-projector", settings, basis, open_file(file), template, notes)
 
 
-def open_lora(folder: Path, base: Path | str | None, template: str | None) -> OpenModel:
+def open_lora(
+    folder: Path, base: Path | str | None, template: str | None, dtype: torch.dtype | None = None
+) -> OpenModel:
     """Open a LoRA folder of LLaVA's: adapters, what was trained in full beside them, and the base that they belong to.
 
+    What adapters change comes in `dtype` (None: as the base is stored).
     Raises ModelError if what was trained beside the adapters is missing, or if they don't fit the base.
     """
     fields = llava.read_fields(folder)
@@ -75,7 +79,9 @@ def open_lora(folder: Path, base: Path | str | None, template: str | None) -> Op
         notes.warn(f"{folder}: {len(changes)} adapters of the vision encoder change it, so it is the model's own")
         made.spec = made.spec.model_copy(update={"settings": {**made.settings, "unfreeze_mm_vision_tower": True}})
         made.places["vision"] = str(folder)
-    made.tensors = lora.merged(made.tensors, adapters, lambda name: None if name in idle else names.llava_name(name))
+    made.tensors = lora.merged(
+        made.tensors, adapters, lambda name: None if name in idle else names.llava_name(name), dtype
+    )
     return made
 
 
