@@ -26,6 +26,10 @@ VERBS = {
     "inspect": ("lapilli.cli.inspect", "Say what a folder or file is: format, parts, what is missing."),
     "merge": ("lapilli.cli.merge", "Merge an adapter into the model it was trained on."),
     "quantise": ("lapilli.cli.quantise", "Store a language model in 8 or 4 bits, for bitsandbytes."),
+    "evaluate": ("lapilli.cli.evaluate", "Ask a model the field's benchmarks, and score its answers."),
+    "score": ("lapilli.cli.score", "Score answers files of any system."),
+    "compare": ("lapilli.cli.compare", "Say whether two evaluated models differ, question by question."),
+    "tasks": ("lapilli.cli.tasks", "List the benchmarks, or show all about one."),
     "quickstart": ("lapilli.cli.quickstart", "Make, train and test a small assistant on real pictures, offline."),
 }
 """Verb: its module, which defines `app`, and its line in the help."""

@@ -32,6 +32,18 @@ class Decoding(BaseModel):
     num_beams: Annotated[int, Field(gt=0)] = 1
 
 
+class FollowUp(BaseModel):
+    """A second round that goes on behind the model's own first answer, such as `The answer is` behind a reasoning."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: str
+    """What is written behind the first answer, in the model's own turn."""
+    max_new_tokens: Annotated[int, Field(gt=0)] = 64
+    joined: str = "\n"
+    """What stands between the two answers in the answers file."""
+
+
 class Task(BaseModel):
     """One benchmark, as its YAML file describes it."""
 
@@ -62,6 +74,7 @@ class Task(BaseModel):
     protocols: Mapping[Protocol, Mapping[str, Any]] = Field(default_factory=dict)
     """Options that hold under one protocol only."""
     decoding: Decoding = Decoding()
+    follow_up: FollowUp | None = None
     headline: str = "accuracy"
     """The value that stands for the task in tables."""
     higher_is_better: bool = True

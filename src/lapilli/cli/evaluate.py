@@ -1,0 +1,125 @@
+"""`lapilli evaluate`: a model's answers to benchmarks, and what they are worth."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lapilli.cli.evaluate_table import choose_protocols, print_results
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lapilli.evaluate.job import Job
+    from lapilli.evaluate.task import Protocol
+    from lapilli.generate.assistant import Assistant
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model folder, run folder, or adapter folder with --base.")],
+    task: Annotated[
+        list[str],
+        typer.Option(metavar="NAME[,NAME...]", help="Tasks (see `lapilli tasks`), or YAML files of your own."),
+    ],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where answers and results go, one folder per task.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Holds a folder per task, or one task's files. Default: beside the YAML file."
+        ),
+    ] = None,
+    files: Annotated[
+        list[str] | None, typer.Option(metavar="PART=PATH", help="Another place for one of the task's files.")
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="llava (the original's numbers), official, or both.")] = "both",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Ask only the first questions. What comes out is not the task's number.")
+    ] = None,
+    allow_missing: Annotated[
+        int, typer.Option(min=0, help="Score although so many questions have no answer. Default: none may lack one.")
+    ] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers that grow at a time.")] = 32,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one.")] = "auto",
+    base: Annotated[str | None, typer.Option(help="Model an adapter was trained on.", metavar="DIR")] = None,
+    template: Annotated[str | None, typer.Option(help="Conversation template instead of the model's own.")] = None,
+) -> None:
+    """Ask a model a benchmark's questions, write every answer as it ends, score them. Stopped or killed, the same
+    command goes on; under torchrun the processes share the questions."""
+    from lapilli.evaluate.ranks import Rank
+
+    rank = Rank.from_environment(os.environ)
+    protocols = choose_protocols(protocol)
+    jobs = open_jobs(task, data, files or [], protocols, limit)
+    _say(jobs, limit)
+
+    import torch
+
+    from lapilli.evaluate.origin import describe_model
+    from lapilli.evaluate.run import Settings, Stopped
+    from lapilli.evaluate.run import evaluate as run
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and rank.world > 1:
+        device = f"cuda:{rank.local}"
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+    def bring() -> Assistant:
+        from lapilli.generate.assistant import load
+
+        return load(model, base, device, dtype, template)
+
+    described = describe_model(model, base, template=template, dtype=str(dtype).removeprefix("torch."))
+    settings = Settings(batch_size, allow_missing, rank=rank)
+    try:
+        results = run(jobs, out, described, bring, settings, on_results=lambda made: print_results([made]))
+    except Stopped as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(128 + signal.Signals[error.signal].value) from error
+    if len(results) > 1:
+        print_results(results, groups=False)
+
+
+def open_jobs(
+    tasks: Sequence[str], data: str | None, files: Sequence[str], protocols: Sequence[Protocol], limit: int | None
+) -> list[Job]:
+    """The tasks that a command line names, their files read and checked. Raises RecipeError or DataError."""
+    from pathlib import Path
+
+    from lapilli.base.errors import RecipeError
+    from lapilli.evaluate.catalogue import is_own, load_task
+    from lapilli.evaluate.files import read_overrides
+    from lapilli.evaluate.job import open_job
+
+    names = list(dict.fromkeys(name for one in tasks for name in one.split(",") if name))
+    loaded = [load_task(name) for name in names]
+    alike = {task.name for task in loaded if sum(other.name == task.name for other in loaded) > 1}
+    if alike:
+        raise RecipeError(f"--task: two tasks are called {', '.join(sorted(alike))}; give one of them another name")
+    if len(loaded) > 1 and files:
+        raise RecipeError("--files names files of one task; name one --task with it")
+    jobs: list[Job] = []
+    for name, task in zip(names, loaded, strict=True):
+        if data is None and not is_own(name):
+            raise RecipeError(
+                f"--data: name the folder that holds the files of task {name} (see `lapilli tasks {name}`)"
+            )
+        folder = data if data is not None else str(Path(name).resolve().parent)
+        named = read_overrides(files)
+        jobs.append(open_job(task, folder, protocols, named=named, alone=len(loaded) == 1, limit=limit))
+    return jobs
+
+
+def _say(jobs: Sequence[Job], limit: int | None) -> None:
+    for job in jobs:
+        pictures = len({image.path or image.data for question in job.asked for image in question.images})
+        of = f" of {len(job.questions):,}, --limit {limit}" if len(job.asked) < len(job.questions) else ""
+        typer.echo(f"{job.task.name}: {len(job.asked):,} questions{of}, {pictures:,} pictures", err=True)
+    sys.stderr.flush()

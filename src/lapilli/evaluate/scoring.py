@@ -1,0 +1,162 @@
+"""Answers to results: what is missing is counted and decides, each protocol scores, submission files are written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lapilli.base.atomic import atomic_write
+from lapilli.base.errors import RunError
+from lapilli.base.version import VERSION
+from lapilli.evaluate.answers import Line
+from lapilli.evaluate.files import digests
+from lapilli.evaluate.job import Job
+from lapilli.evaluate.records import SHOWN
+from lapilli.evaluate.results import Counts, Outcome, Results, outcome, write_items, write_results
+from lapilli.evaluate.scorers import SCORERS
+from lapilli.evaluate.submissions import SUBMISSIONS
+from lapilli.evaluate.task import Protocol, Question, Scores
+
+
+def finish(
+    job: Job,
+    answers: Mapping[str, Line],
+    reasons: Mapping[str, str],
+    *,
+    answer_files: Sequence[Path],
+    model: Mapping[str, Any],
+    decoding: Mapping[str, Any] | None,
+    versions: Mapping[str, str],
+    allow_missing: int = 0,
+    folder: Path | None = None,
+) -> Results:
+    """Score the answers under every protocol of the job, and write everything into `folder` if there is one.
+
+    `reasons` say why a question has no answer. Raises RunError if more than `allow_missing` have none.
+    """
+    missing = {q.id: reasons.get(q.id, "no answer to it") for q in job.asked if q.id not in answers}
+    if folder is not None:
+        _write_missing(folder, missing)
+    if len(missing) > allow_missing:
+        shown = "\n".join(f"  {name}: {reason}" for name, reason in list(missing.items())[:SHOWN])
+        where = f" (all: {folder / 'missing.jsonl'})" if folder is not None else ""
+        raise RunError(
+            f"task {job.task.name}: {len(missing)} of {len(job.asked)} questions have no answer; the first{where}:\n"
+            f"{shown}\n--allow-missing {len(missing)} scores the others, and says so"
+        )
+    texts = {question.id: answers[question.id].text for question in job.asked if question.id in answers}
+    notes = _notes(job, missing)
+    scored = {protocol: _score(job, protocol, texts) for protocol in job.read}
+    outcomes: dict[str, Outcome] = {}
+    for protocol, scores in scored.items():
+        if scores is None:
+            continue
+        outcomes[protocol], resamples = outcome(scores, job.task)
+        if folder is not None:
+            write_items(folder, protocol, scores, resamples)
+    if not outcomes:
+        notes.append("nothing to score here: " + _why_unscored(job))
+    written = [] if folder is None else _submissions(job, texts, folder, notes)
+    used = [answers[name] for name in texts]
+    made = Results(
+        task=job.task.name,
+        title=job.task.title,
+        headline=job.task.headline,
+        higher_is_better=job.task.higher_is_better,
+        protocols=outcomes,
+        model=dict(model),
+        decoding=None if decoding is None else dict(decoding),
+        counts=Counts(
+            in_files=len(job.questions),
+            asked=len(job.asked),
+            answered=len(texts),
+            missing=len(missing),
+            cut=sum(line.metadata.get("finish") in ("length", "context") for line in used),
+            limit=job.limit,
+        ),
+        files=digests(job.files),
+        answers={str(path): _digest(path) for path in answer_files},
+        submissions=tuple(str(path) for path in written),
+        versions={"lapilli": VERSION, **versions},
+        seconds=_seconds(used),
+        notes=tuple(notes),
+    )
+    if folder is not None:
+        write_results(folder, made)
+    return made
+
+
+def known_truth(questions: Sequence[Question]) -> list[Question]:
+    """Those of the questions whose right answer is known."""
+    return [question for question in questions if question.truth is not None]
+
+
+def _score(job: Job, protocol: Protocol, texts: Mapping[str, str]) -> Scores | None:
+    scorable = [q for q in known_truth(job.read[protocol]) if q.id in texts]
+    if job.task.scorer is None or not scorable:
+        return None
+    options = {**job.task.options_for(protocol), "files": job.files}
+    return SCORERS[job.task.scorer].call(scorable, {q.id: texts[q.id] for q in scorable}, options)
+
+
+def _why_unscored(job: Job) -> str:
+    if job.task.scorer is None:
+        return "the task is scored elsewhere"
+    return "the right answers are not public, or their file is not there"
+
+
+def _notes(job: Job, missing: Mapping[str, str]) -> list[str]:
+    notes: list[str] = []
+    if len(job.asked) < len(job.questions):
+        notes.append(f"limited to the first {len(job.asked)} of {len(job.questions)} questions: not the task's number")
+    if missing:
+        notes.append(f"{len(missing)} of {len(job.asked)} questions have no answer and are left out of the scores")
+    unknown = len(job.asked) - len(known_truth(job.asked))
+    if job.task.scorer is not None and 0 < unknown < len(job.asked):
+        notes.append(f"{unknown} of {len(job.asked)} questions have no public answer and are left out of the scores")
+    return notes
+
+
+def _submissions(job: Job, texts: Mapping[str, str], folder: Path, notes: list[str]) -> list[Path]:
+    task = job.task
+    if task.submission is None:
+        return []
+    if len(job.asked) < len(job.questions):
+        notes.append("no submission file: the questions were limited")
+        return []
+    kinds: list[tuple[Protocol, dict[str, Any]]] = []
+    for protocol in job.read:
+        if all(options != task.options_for(protocol) for _, options in kinds):
+            kinds.append((protocol, task.options_for(protocol)))
+    written: list[Path] = []
+    for protocol, options in kinds:
+        place = folder / "submission" / (protocol if len(kinds) > 1 else "")
+        place.mkdir(parents=True, exist_ok=True)
+        answered = [question for question in job.read[protocol] if question.id in texts]
+        given = {**options, "files": job.files}
+        written += map(Path, SUBMISSIONS[task.submission].call(answered, texts, given, place))
+    return written
+
+
+def _write_missing(folder: Path, missing: Mapping[str, str]) -> None:
+    path = folder / "missing.jsonl"
+    if not missing:
+        path.unlink(missing_ok=True)
+        return
+    lines = (json.dumps({"id": name, "reason": why}, ensure_ascii=False) + "\n" for name, why in missing.items())
+    atomic_write(path, "".join(lines))
+
+
+def _seconds(lines: Sequence[Line]) -> float | None:
+    found = [line.metadata["seconds"] for line in lines if isinstance(line.metadata.get("seconds"), int | float)]
+    return round(float(np.sum(found)), 3) if found else None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
