@@ -63,12 +63,13 @@ def write_cerebras(
     hashes: bool = False,
     progress: Progress | None = None,
 ) -> WrittenCerebras:
-    """Write a model into an empty folder. `source` begins with LLaVA's fields, CLIP's fields and canonical tensors.
+    """Write a model into a folder that is empty, or new.
 
-    `version` is a release (`cs-2.9`, `2.4`, `current`). `tokenizer` is a folder whose tokenizer files are copied;
-    `token_ids` are its bos, eos and pad. `preprocessor` is the encoder's preprocessor_config.json (None: CLIP's own).
-    One tensor at a time is in memory; `progress` advances by bytes. Raises ModelError, before anything is written, for
-    settings and tensors that their models can't hold, and RunError if the disk has too little room.
+    `source` begins with LLaVA's fields, CLIP's fields and canonical tensors. `version` is a release (`cs-2.9`, `2.4`,
+    `current`). `tokenizer` is a folder whose tokenizer files are copied, `token_ids` are its bos, eos and pad,
+    `preprocessor` is the encoder's preprocessor_config.json (None: CLIP's own). One tensor at a time is in memory;
+    `progress` advances by bytes. Raises ModelError, before anything is written, for settings and tensors that their
+    models can't hold, and RunError if the disk has too little room.
     """
     if form not in FORMS:
         raise ModelError(unknown("form", form, FORMS))
@@ -82,6 +83,7 @@ def write_cerebras(
     notes += _warned(llava)
     check_space(folder, total_bytes(tensors.values()) + _SPARE_BYTES + _TABLES_BYTES * len(tensors))
 
+    folder.mkdir(parents=True, exist_ok=True)
     done = WrittenCerebras({}, {}, config, notes)
     if form == "tree":
         _write_tree(folder, tensors, done, shard_bytes, hashes, progress)
