@@ -5,13 +5,9 @@ Every weight must be there: a part that would start with invented weights is ref
 
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -92,32 +88,6 @@ def _load(auto: Any, name_or_path: str, part: str, **kwargs: Any) -> PreTrainedM
             "they would be random (is this the right folder, and is every shard there?)"
         )
     return model
-
-
-def load_projector(projector: nn.Module, path: Path) -> None:
-    """Fill a projector from a `mm_projector.bin` or a safetensors file; names end as LLaVA's do (`0.weight`, ...).
-
-    Raises ModelError for a file that can't be read safely, and for names or shapes that don't fit.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise ModelError(f"{path}: can't be read safely: it holds more than tensors") from error
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
-        raise ModelError(f"{path}: can't be read as projector weights ({str(error).splitlines()[0]})") from error
-    found = {name.split("projector.", 1)[1]: value for name, value in tensors.items() if "projector." in name}
-    wanted = projector.state_dict()
-    if set(found) != set(wanted):
-        raise ModelError(f"{path}: has projector weights {sorted(found)}, the projector needs {sorted(wanted)}")
-    for name, value in found.items():
-        if value.shape != wanted[name].shape:
-            raise ModelError(
-                f"{path}: {name} has shape {tuple(value.shape)}, the projector {tuple(wanted[name].shape)}"
-            )
-    projector.load_state_dict(found)
 
 
 def count_parameters(config: PreTrainedConfig, auto: Any) -> int:
