@@ -65,8 +65,8 @@ def open_job(
         options = task.options_for(protocol)
         same = next((p for p in read if task.options_for(p) == options), None)
         read[protocol] = read[same] if same is not None else entry.call(task, files, options)
-    first, *others = protocols
-    for other in others:
+    first = protocols[0]
+    for other in protocols[1:]:
         if [_asks(q) for q in read[first]] != [_asks(q) for q in read[other]]:
             raise DataError(
                 f"task {task.name}: protocols {first} and {other} ask different questions; evaluate them one at a "
