@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -262,7 +263,7 @@ def test_adapters_and_base_move_together(adapted, moved):
     assert json.loads((moved / "run" / "model" / "base.json").read_text())["base"] == "../../base"
     loaded = load(moved / "run")
     assert torch.allclose(_logits(loaded), adapted[1], atol=1e-5)
-    assert base_of(moved / "run" / "model").resolve() == moved / "base"
+    assert (base_of(moved / "run" / "model") or moved).resolve() == moved / "base"
     opened = open_model(moved / "run")
     assert (opened.format, opened.places["language"]) == ("lapilli-adapter", str(base_of(moved / "run" / "model")))
     (moved / "base").rename(moved / "other")
@@ -275,7 +276,7 @@ def test_an_adapter_knows_its_base(moved, caplog):
     tensors = load_file(moved / "base" / "model.safetensors")
     tensors["language_model.model.layers.0.mlp.up_proj.weight"] += 1e-3
     save_file(tensors, moved / "base" / "model.safetensors")
-    with pytest.raises(ModelError, match="was trained on another model than .*base"):
+    with pytest.raises(ModelError, match=r"was trained on another model than .*base"):
         load(moved / "run")
     load(moved / "run", moved / "base")
     assert "the two are joined because this base was asked for" in caplog.text
@@ -307,7 +308,7 @@ def test_peft_s_adapters_of_transformers_models(built, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     model = hf.LlavaForConditionalGeneration.from_pretrained(built, dtype=torch.float32)
-    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_alpha=8))
+    wrapped: Any = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_alpha=8))
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:
@@ -324,8 +325,8 @@ def test_peft_s_adapters_of_transformers_models(built, tmp_path):
     # The encoder has adapters too: its layers share the names.
     before = open_model(built).tensors["vision.encoder.layers.0.self_attn.q_proj.weight"].read()
     assert not torch.equal(before, opened.tensors["vision.encoder.layers.0.self_attn.q_proj.weight"].read())
+    _rewrite(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="someone/llava")
     with pytest.raises(ModelError, match="give the model it was trained on as its base"):
-        _rewrite(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="someone/llava")
         open_model(tmp_path / "adapter")
 
 

@@ -1,7 +1,7 @@
 """transformers' own layout: folders that load there, in vLLM and in SGLang with nothing of ours installed.
 
-A joined model is moved into transformers' `Llava` classes, or out of them, by handing over the parts themselves; no
-tensor is copied, and keys, shards and config.json are written by transformers. Whether its class can hold a model is
+A joined model is moved into transformers' `Llava` classes by handing over the parts themselves; no tensor is copied,
+and keys, shards and config.json are written by transformers. Whether its class can hold a model is
 not looked up but tried, on small random copies of the parts.
 """
 
@@ -163,34 +163,6 @@ def _hf_inputs(inputs: dict[str, torch.Tensor], layout: ImageLayout) -> dict[str
 def save_hf(model: VisionLanguageModel, folder: Path, *, shard_size: str = "5GB") -> None:
     """Write config.json, generation_config.json and safetensors as transformers itself writes them."""
     to_hf(model).save_pretrained(folder, max_shard_size=shard_size)
-
-
-def load_hf(folder: Path, joined: dict[str, Any], dtype: torch.dtype) -> VisionLanguageModel:
-    """Read a `llava` or `llava_next` folder into a joined model of the given dtype.
-
-    `joined` holds the fields of `LapilliConfig` beyond the two parts. Raises ModelError if weights are missing.
-    """
-    cls: Any = LlavaNextForConditionalGeneration if joined["image_newline"] else LlavaForConditionalGeneration
-    try:
-        hf, info = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{folder}: weights can't be read ({str(error).splitlines()[0]})") from error
-    if info["missing_keys"]:
-        raise ModelError(f"{folder}: weights are missing, among them {sorted(info['missing_keys'])[0]}")
-    config: Any = hf.config
-    ours = LapilliConfig(vision_config=config.vision_config, text_config=config.text_config, **joined)
-    ours.dtype = dtype
-    with torch.device("meta"):
-        language: Any = AutoModelForCausalLM.from_config(config.text_config)
-    setattr(language, language.base_model_prefix, hf.model.language_model)
-    language.set_output_embeddings(hf.lm_head)
-    language.generation_config = hf.generation_config
-    model = VisionLanguageModel(ours, hf.model.vision_tower, language)
-    theirs = hf.model.multi_modal_projector
-    model.projector = torch.nn.Sequential(theirs.linear_1, torch.nn.GELU(), theirs.linear_2)
-    if ours.image_newline:
-        model.image_newline = hf.model.image_newline
-    return model
 
 
 def from_hf_config(config: Any, tile: tuple[int, int] | None = None, mode: str | None = None) -> LapilliConfig:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from lapilli.base.errors import ModelError
 
@@ -35,15 +34,6 @@ WEIGHT_FILES = tuple(
 def weight_file(folder: Path) -> Path | None:
     """Return the file that holds the weights, or the index of its shards, in transformers' order, or None."""
     return next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-
-
-def read_weight_file(file: Path) -> dict[str, torch.Tensor]:
-    """Read every tensor of a weight file, or of all shards of an index, mapped from disk where the format allows.
-
-    Raises ModelError for missing or broken files, for a pickle that holds more than tensors, and for an index that
-    disagrees with its shards.
-    """
-    return _read_shards(file) if file.suffix == ".json" else _read_tensors(file)
 
 
 def check_tensors(folder: Path, part: str, tensors: Mapping[str, torch.Tensor], module: torch.nn.Module) -> None:
@@ -105,25 +95,6 @@ def read_index(index: Path) -> dict[str, set[str]]:
     return shards
 
 
-def _read_shards(index: Path) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for file, listed in read_index(index).items():
-        shard = _read_tensors(index.parent / file)
-        if listed != set(shard):
-            raise ModelError(f"{index.parent / file}: holds other tensors than listed: {some(listed ^ set(shard))}")
-        tensors |= shard
-    return tensors
-
-
-def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    if file.suffix != ".safetensors":
-        return map_pickle(file)
-    try:
-        return load_file(file)
-    except _BROKEN as error:
-        raise _broken(file, error) from error
-
-
 def map_pickle(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a pickled weight file, mapped from disk where its format allows.
 
@@ -135,9 +106,15 @@ def map_pickle(file: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"{file}: can't be read safely: it holds more than tensors, or is broken") from error
     except _BROKEN as error:
         raise _broken(file, error) from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(n, str) and _is_plain(t) for n, t in tensors.items()):
         raise ModelError(f"{file}: not a table of tensors")
     return tensors
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether this is a tensor of plain numbers: neither sparse nor quantised, and with its values there."""
+    plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
+    return plain and not value.is_meta
 
 
 def _broken(file: Path, error: Exception) -> ModelError:
