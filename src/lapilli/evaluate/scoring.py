@@ -100,7 +100,8 @@ def _score(job: Job, protocol: Protocol, texts: Mapping[str, str]) -> Scores | N
     scorable = [q for q in known_truth(job.read[protocol]) if q.id in texts]
     if job.task.scorer is None or not scorable:
         return None
-    options = {**job.task.options_for(protocol), "files": job.files}
+    missing = [q for q in known_truth(job.read[protocol][: job.limit]) if q.id not in texts]
+    options = {**job.task.options_for(protocol), "files": job.files, "missing": missing}
     return SCORERS[job.task.scorer].call(scorable, {q.id: texts[q.id] for q in scorable}, options)
 
 
