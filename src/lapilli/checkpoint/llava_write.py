@@ -34,6 +34,10 @@ _MPT_FIELDS = (
     "initializer_range", "layer_norm_epsilon", "learned_pos_emb", "logit_scale", "max_seq_len", "n_heads", "n_layers",
     "no_bias", "norm_type", "pad_token_id", "resid_pdrop", "tie_word_embeddings", "use_cache", "vocab_size",
 )
+_MPT_ATTENTION = (
+    "alibi", "alibi_bias_max", "attn_impl", "attn_pdrop", "attn_type", "attn_uses_sequence_id", "clip_qkv", "prefix_lm",
+    "qk_ln", "softmax_scale",
+)
 # fmt: on
 
 
@@ -108,7 +112,9 @@ def _language_fields(text: Any) -> dict[str, Any]:
     """A language model's configuration in the words of transformers 4.37."""
     written = text.to_dict()
     if text.model_type == "mpt":
-        return {name: written[name] for name in _MPT_FIELDS if name in written}
+        fields = {name: written[name] for name in _MPT_FIELDS if name in written}
+        attention = fields["attn_config"]
+        return fields | {"attn_config": {name: attention[name] for name in _MPT_ATTENTION if name in attention}}
     fields = {name: written[name] for name in _LANGUAGE_FIELDS if name in written}
     rope = dict(written.get("rope_parameters") or {})
     fields["rope_theta"] = rope.pop("rope_theta", 10000.0)
