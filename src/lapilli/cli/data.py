@@ -15,6 +15,7 @@ import typer
 from lapilli.cli.data_check import check
 from lapilli.cli.data_fetch import fetch
 from lapilli.cli.data_prepare import prepare
+from lapilli.cli.data_scienceqa import convert_scienceqa
 
 if TYPE_CHECKING:
     from lapilli.data.encode import Encoder
@@ -24,6 +25,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 app.command("check")(check)
 app.command("fetch")(fetch)
 app.command("prepare")(prepare)
+app.command("convert-scienceqa")(convert_scienceqa)
 
 
 @app.callback()

@@ -1,6 +1,6 @@
 """The scorers that task files name: questions and answers to numbers."""
 
-from lapilli.evaluate import own
+from lapilli.evaluate import anls, captions, gqa, mme, own, pope, scienceqa, vqa
 from lapilli.evaluate.registry import Entry
 from lapilli.evaluate.task import Scorer
 
@@ -8,4 +8,11 @@ SCORERS: dict[str, Entry[Scorer]] = {
     "exact": Entry(own.score_exact, own.EXACT_OPTIONS),
     "contains": Entry(own.score_contains, own.CONTAINS_OPTIONS),
     "choice": Entry(own.score_choice),
+    "scienceqa": Entry(scienceqa.score, scienceqa.SCORE_OPTIONS),
+    "vqa": Entry(vqa.score, vqa.OPTIONS),
+    "gqa": Entry(gqa.score),
+    "pope": Entry(pope.score),
+    "mme": Entry(mme.score),
+    "captions": Entry(captions.score),
+    "anls": Entry(anls.score, anls.OPTIONS),
 }
