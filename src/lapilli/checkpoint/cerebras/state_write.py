@@ -16,6 +16,7 @@ import torch
 
 from lapilli.base.errors import ModelError, RunError
 from lapilli.base.progress import Progress
+from lapilli.checkpoint.cerebras.names import is_copy
 from lapilli.checkpoint.cerebras.state_file import ABOUT, FORMAT, MODEL
 from lapilli.checkpoint.stream import Lazy
 
@@ -52,7 +53,7 @@ def write_state_file(
                 value = _checked(name, tensor)
                 dataset = made.create_dataset(MODEL + name, data=value, **(hdf5plugin.LZ4() if value.shape else {}))
                 dataset.attrs.update(_about(tensor))
-                if progress is not None:
+                if progress is not None and not is_copy(name):
                     progress.advance(tensor.size_bytes)
                 yield name, hashlib.sha256(value.data).hexdigest() if hashes else None
             for name, tensor in tensors.items():
