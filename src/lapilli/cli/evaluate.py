@@ -57,7 +57,8 @@ def evaluate(
     rank = Rank.from_environment(os.environ)
     protocols = choose_protocols(protocol)
     jobs = open_jobs(task, data, files or [], protocols, limit)
-    _say(jobs, limit)
+    if rank.rank == 0:
+        _say(jobs, limit)
 
     import torch
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lapilli.base.atomic import write_json
 from lapilli.base.errors import RunError
+from lapilli.base.progress import duration
 from lapilli.evaluate.task import Question
 
 WAIT_SECONDS = 1800.0
@@ -93,7 +94,7 @@ class Rank:
             elif time.monotonic() - since > wait_seconds:
                 named = ", ".join(str(rank) for rank in sorted(waiting))
                 raise RunError(
-                    f"{folder}: no sign of rank {named} for {wait_seconds:.0f} seconds; look for its error above. What "
+                    f"{folder}: no sign of rank {named} for {duration(wait_seconds)}; look for its error above. What "
                     "is answered is kept: the same command goes on with it, with as many processes as you like"
                 )
             if stopped():
