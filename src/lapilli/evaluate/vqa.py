@@ -54,7 +54,7 @@ wont>won't wouldve>would've wouldnt>wouldn't wouldnt've>wouldn't've wouldn'tve>w
 y'allll>y'all'll yall'd've>y'all'd've y'alld've>y'all'd've y'all'dve>y'all'd've youd>you'd youd've>you'd've
 you'dve>you'd've youll>you'll youre>you're youve>you've
 """
-_CONTRACTIONS = dict(pair.split(">") for pair in _CONTRACTION_PAIRS.split())
+_CONTRACTIONS = {wrong: right for wrong, _, right in (pair.partition(">") for pair in _CONTRACTION_PAIRS.split())}
 
 
 def normalise_llava(text: str) -> str:
