@@ -13,7 +13,7 @@ def inspect(
     path: str = typer.Argument(..., help="Any folder or weight file."),
     as_json: bool = typer.Option(False, "--json", help="Print everything as JSON."),
 ) -> None:
-    """Say what a folder or file is, from its headers: format, parts, dtypes, template, image settings, what is missing."""
+    """Say what a folder or file is, from its headers: format, parts, template, image settings, what is missing."""
     from lapilli.assemble.inspection.door import inspect as look
 
     found = look(path)

@@ -96,6 +96,18 @@ def _run(path: Path) -> Inspection | None:
     return made
 
 
+_COUNTS = {
+    "rows": ("post-process", "n_examples"),
+    "tokens": ("post-process", "num_tokens"),
+    "supervised tokens": ("post-process", "loss_valid_tokens"),
+    "records left out": ("post-process", "raw_docs_skipped"),
+    "row length": ("processing", "max_seq_length"),
+    "tokens per picture": ("dataset", "num_patches"),
+    "pictures per row": ("dataset", "max_num_img"),
+}
+"""Places in data_params.json, which are Cerebras' own and ours alike."""
+
+
 def _prepared(path: Path) -> Inspection | None:
     from lapilli.data.read.prepared import is_prepared
 
@@ -103,24 +115,15 @@ def _prepared(path: Path) -> Inspection | None:
         return None
     made = Inspection(str(path), "prepared-data", "prepared data (HDF5 shards)")
     file = path / "data_params.json"
-    if file.is_file():
-        about = read_json(file)
-        ours = about.get("lapilli")
-        made.details["layout"] = str(ours.get("layout", "lapilli")) if isinstance(ours, dict) else "cerebras"
-        for section in ("post-process", "features", "data_stats", "processing", "setup"):
-            for name in (
-                "n_examples",
-                "num_sequences",
-                "num_tokens",
-                "loss_valid_tokens",
-                "max_seq_length",
-                "processed_files",
-            ):
-                value = about.get(section, {}).get(name) if isinstance(about.get(section), dict) else None
-                if isinstance(value, (int, str)):
-                    made.details.setdefault(name, f"{value:,}" if isinstance(value, int) else value)
-    else:
-        made.missing.append(Missing("data_params.json", "preparing has not finished: run `lapilli data prepare` again"))
+    if not file.is_file():
+        made.notes.append("no data_params.json here, so nothing is known of how it was prepared")
+        return made
+    about = read_json(file)
+    made.details["prepared by"] = "lapilli" if "lapilli" in about else "Cerebras' preprocessing"
+    for name, (section, key) in _COUNTS.items():
+        value = (about.get(section) or {}).get(key)
+        if isinstance(value, int):
+            made.details[name] = f"{value:,}"
     return made
 
 

@@ -217,7 +217,7 @@ def _say_without_spec(made: Inspection, path: Path, fields: Mapping[str, Any], o
 
 def _spec(path: Path, made: Inspection) -> FolderSpec | None:
     try:
-        return read_spec(path)
+        return read_spec(path, foreign=True)
     except ModelError as error:
         made.missing.append(Missing("lapilli.json", str(error)))
         return None
@@ -234,7 +234,7 @@ def _spec_words(spec: FolderSpec) -> str:
 def _template(path: Path) -> str:
     """The template that a folder says its model was trained with; empty if it doesn't."""
     try:
-        spec = read_spec(path)
+        spec = read_spec(path, foreign=True)
     except ModelError:
         spec = None
     if spec is not None:
