@@ -20,6 +20,7 @@ import lapilli
 from lapilli.assemble.convert import convert
 from lapilli.assemble.kept import CONVERSION, TOKENIZER_FILES
 from lapilli.base.errors import ModelError, RecipeError, RunError
+from lapilli.train.reading import read_description
 
 V15 = "tiny-llava-v1.5"
 BOTH_HOLD = (V15, "tiny-llava-v1.6-anyres", "tiny-llava-gqa")
@@ -125,9 +126,12 @@ def test_built_models_keep_their_rows(tmp_path):
 
 @pytest.mark.slow
 def test_a_template_goes_along(tmp_path):
-    source = build_tiny(tmp_path / "own", template="llava_llama_2", projector="linear")
+    source = build_tiny(tmp_path / "own", template="llava_llama_2", projector="linear", keep_vocabulary=True)
     _go(source, tmp_path / "llava", "llava", template=None)
     assert lapilli.load(tmp_path / "llava").template == lapilli.load(source).template
+    spec, tokenizer = read_description(str(tmp_path / "llava"))
+    assert spec.template == lapilli.load(source).template
+    assert spec.image_token in tokenizer.get_vocab()
 
 
 @pytest.mark.slow

@@ -62,14 +62,19 @@ def write_spec(folder: Path, spec: FolderSpec) -> None:
     (folder / FILE).write_text(spec.model_dump_json(indent=2, exclude_defaults=False) + "\n", encoding="utf-8")
 
 
-def read_spec(folder: Path) -> FolderSpec | None:
-    """Read `lapilli.json`, or return None if the folder has none. Raises ModelError for one that can't be read."""
+def read_spec(folder: Path, *, foreign: bool = False) -> FolderSpec | None:
+    """Read `lapilli.json`, or return None if the folder has none. Raises ModelError for one that can't be read.
+
+    In LLaVA's and Cerebras' layouts it only adds what those can't say (the template): the folder's own files, which
+    others edit too, describe the rest. It is returned with `foreign`.
+    """
     path = folder / FILE
     if not path.is_file():
         return None
     try:
-        return FolderSpec.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        spec = FolderSpec.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, ValidationError) as error:
         raise ModelError(
             f"{path}: not a lapilli model description ({error}); build or export the model again"
         ) from error
+    return spec if foreign or spec.stored_as in ("transformers", "lapilli") else None

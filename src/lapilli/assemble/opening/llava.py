@@ -121,7 +121,7 @@ def _own_generation(folder: Path, language: PreTrainedConfig) -> Any:
 
 
 def _template(folder: Path, settings: LlavaSettings, template: str | None, notes: Notes) -> Any:
-    said = read_spec(folder)
+    said = read_spec(folder, foreign=True)
     if template is None and said is not None:
         return said.template
     if template is None:
