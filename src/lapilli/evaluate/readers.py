@@ -1,6 +1,6 @@
 """The readers that task files name: a benchmark's files to its questions."""
 
-from lapilli.evaluate import captions, gqa, mme, own, pope, scienceqa, vqa_files
+from lapilli.evaluate import captions, gqa, mmbench, mme, own, pope, scienceqa, vqa_files
 from lapilli.evaluate.registry import Entry
 from lapilli.evaluate.task import Reader
 
@@ -15,4 +15,5 @@ READERS: dict[str, Entry[Reader]] = {
     "pope": Entry(pope.read),
     "mme": Entry(mme.read),
     "captions": Entry(captions.read, captions.READ_OPTIONS),
+    "mmbench": Entry(mmbench.read, mmbench.READ_OPTIONS),
 }

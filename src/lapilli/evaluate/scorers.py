@@ -1,6 +1,6 @@
 """The scorers that task files name: questions and answers to numbers."""
 
-from lapilli.evaluate import anls, captions, gqa, mme, own, pope, scienceqa, vqa
+from lapilli.evaluate import anls, captions, gqa, mmbench, mme, own, pope, scienceqa, vqa
 from lapilli.evaluate.registry import Entry
 from lapilli.evaluate.task import Scorer
 
@@ -15,4 +15,5 @@ SCORERS: dict[str, Entry[Scorer]] = {
     "mme": Entry(mme.score),
     "captions": Entry(captions.score),
     "anls": Entry(anls.score, anls.OPTIONS),
+    "mmbench": Entry(mmbench.score),
 }
