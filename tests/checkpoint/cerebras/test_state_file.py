@@ -99,6 +99,16 @@ def _graph(opened: h5py.File) -> None:
     opened.attrs["model.d.__metadata__"] = json.dumps(about)
 
 
+def _nonsense(opened: h5py.File) -> None:
+    full = {"__TYPE__": "DeferredFullTensor", "shape": ["x"], "dtype": "torch.load", "fill_value": None}
+    opened.attrs["model.d.__metadata__"] = json.dumps({"model.d.__metadata__": full})
+
+
+def _too_large(opened: h5py.File) -> None:
+    opened.create_dataset("model.d", shape=(2**20, 2**20), dtype="f4", chunks=(64, 64), compression="gzip")
+    opened["model.d"][0, 0] = 1
+
+
 def _cut(opened: h5py.File) -> None:
     opened.attrs["__SUCCESS__"] = False
 

@@ -33,6 +33,8 @@ FORMAT = 0.5
 MODEL = "model."
 ABOUT = ".__metadata__"
 _PATIENCE_SECONDS = 120.0
+_MOST_PACKED = 300
+"""LZ4 makes nothing smaller than to a 255th."""
 _DTYPES = {"torch.float64": "f8", "torch.float32": "f4", "torch.float16": "f2", "torch.bfloat16": "i2",
            "torch.int64": "i8", "torch.int32": "i4", "torch.int16": "i2", "torch.uint8": "u1"}  # fmt: skip
 
@@ -101,16 +103,23 @@ def _lazy(reader: _Reader, stored: str, entry: Mapping[str, Any]) -> Lazy:
     if shape is None:
         raise ModelError(f"{where}: is no table of numbers ({about.get('__TYPE__', about.get('__H5_TYPE__'))})")
     said = about.get("dtypes")
-    said = said[0] if isinstance(said, list) and said else ("torch.bfloat16" if about.get("is_bfloat16") else None)
+    said = str(said[0]) if isinstance(said, list) and said else ("torch.bfloat16" if about.get("is_bfloat16") else None)
     kind = entry["dtype"].lstrip("<|=")
     dtype = said or next((name for name, short in _DTYPES.items() if short == kind and name != "torch.bfloat16"), "")
     if _DTYPES.get(dtype) != kind:
         raise ModelError(f"{where}: stored as {entry['dtype']} and said to be {said}; the file is damaged")
     size = math.prod(shape) * int(kind[1:])
-    if size > 0 and (not entry["stored_bytes"] or size > 300 * entry["stored_bytes"] + 2**20):
-        raise ModelError(f"{where}: {tuple(shape)} can't be in {entry['stored_bytes']} bytes; the file is damaged")
-    torch_dtype = getattr(torch, dtype.removeprefix("torch."))
+    stored_bytes = min(entry["stored_bytes"], reader.path.stat().st_size)
+    if size > 0 and (not stored_bytes or size > _MOST_PACKED * stored_bytes + 2**20):
+        raise ModelError(f"{where}: {tuple(shape)} can't be in {stored_bytes} bytes; the file is damaged")
+    torch_dtype = _torch_dtype(dtype)
     return Lazy(tuple(shape), torch_dtype, where, lambda: reader.read(stored, tuple(shape), torch_dtype))
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"{name} is no type of numbers")
+    return getattr(torch, name.removeprefix("torch."))
 
 
 def _not_stored(path: Path, name: str, text: Any, known: Tensors) -> Lazy:
@@ -122,9 +131,9 @@ def _not_stored(path: Path, name: str, text: Any, known: Tensors) -> Lazy:
         if kind == "LinkedObject":
             return known[about["key"].removeprefix(MODEL)]
         if kind == "DeferredFullTensor":
-            dtype, shape = getattr(torch, about["dtype"].removeprefix("torch.")), tuple(about["shape"])
-            value = about["fill_value"]
-            return Lazy(shape, dtype, where, lambda: torch.full(shape, value, dtype=dtype))
+            shape, value = tuple(int(side) for side in about["shape"]), float(about["fill_value"])
+            dtype = _torch_dtype(about["dtype"])
+            return Lazy(shape, dtype, where, lambda: torch.full(shape, value).to(dtype))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ModelError(f"{where}: its description can't be read ({error}); the file is damaged") from error
     raise ModelError(f"{where}: is stored as {kind}, which only their own library reads; save the checkpoint whole")
