@@ -238,7 +238,7 @@ def _join(plan: _Plan) -> tuple[VisionLanguageModel, list[str]]:
     added = make_room(language, plan.vocabulary, tokens, resize=not options.keep_vocabulary)
     notes = [f"added {added} embedding row{'s' * (added > 1)}, set to the mean of the others"] if added else []
     language.generation_config = generation_config(
-        language, plan.tokenizer, plan.template, plan.vocabulary.image_token_id
+        language.generation_config, plan.tokenizer, plan.template, plan.vocabulary.image_token_id
     )
     config = plan.config(language.config)
     config.dtype = language.dtype
@@ -254,17 +254,17 @@ def _join(plan: _Plan) -> tuple[VisionLanguageModel, list[str]]:
 
 
 def generation_config(
-    language: Any, tokenizer: PreTrainedTokenizerBase, template: Template, image_token_id: int
+    own: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase, template: Template, image_token_id: int
 ) -> GenerationConfig:
     """Greedy decoding that ends at the tokenizer's end token or the template's own end mark, where that is a token.
 
     The image token is never generated.
-    The language model's own sampling settings are left out: settings that contradict each other there would make
+    Of the language model's `own` settings its end tokens are kept; those of sampling are left out: settings that contradict each other there would make
     saving fail at the end of a long run.
     """
     vocabulary = tokenizer.get_vocab()
-    own = language.generation_config.eos_token_id if language.generation_config is not None else None
-    ends = [own] if isinstance(own, int) else list(own or [])
+    given: Any = None if own is None else own.eos_token_id
+    ends = [given] if isinstance(given, int) else list(given or [])
     ends += [tokenizer.eos_token_id, *(vocabulary[s] for s in template.stop if s in vocabulary)]
     ids = list(dict.fromkeys(e for e in ends if e is not None))
     return GenerationConfig(

@@ -29,7 +29,7 @@ def export(ready: Prepared, say: Say) -> None:
     if spec.template != loaded.spec.template:
         tokenizer.chat_template = spec.chat_template()
         model.language_model.generation_config = generation_config(
-            model.language_model, tokenizer, spec.template, model.config.image_token_id
+            model.language_model.generation_config, tokenizer, spec.template, model.config.image_token_id
         )
     if ready.stage.run.precision == "bf16":
         model.to(torch.bfloat16)  # type: ignore[arg-type]

@@ -97,7 +97,7 @@ def _describe_as_adapter(opened: OpenModel, template: str | None) -> None:
     opened.config.layout = opened.spec.joined["layout"]
     opened.tokenizer.chat_template = opened.spec.chat_template()
     opened.generation_config = generation_config(
-        opened, opened.tokenizer, opened.spec.template, opened.config.image_token_id
+        opened.generation_config, opened.tokenizer, opened.spec.template, opened.config.image_token_id
     )
 
 

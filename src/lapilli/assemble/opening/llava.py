@@ -7,7 +7,6 @@ has no row of its own, and nothing says which template the model was trained wit
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
@@ -113,11 +112,11 @@ def assembled(
     return OpenModel(folder, kind, config, tensors, tokenizer, spec, ends, notes, places)
 
 
-def _own_generation(folder: Path, language: PreTrainedConfig) -> Any:
+def _own_generation(folder: Path, language: PreTrainedConfig) -> GenerationConfig:
     """What the folder, or else the language model's configuration, says of where answers end."""
     if (folder / "generation_config.json").is_file():
-        return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(folder))
-    return SimpleNamespace(generation_config=GenerationConfig.from_model_config(language))
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(language)
 
 
 def _template(folder: Path, settings: LlavaSettings, template: str | None, notes: Notes) -> Any:
@@ -159,7 +158,7 @@ def find_tower(folder: Path, settings: LlavaSettings, notes: Notes) -> Tower:
     name = settings.vision_tower
     place = str(folder / name) if (folder / name).is_dir() else name
     try:
-        if place == name and not _HUB_NAME.fullmatch(name):
+        if not Path(place).is_dir() and not _HUB_NAME.fullmatch(name):
             raise ModelError("no such folder")
         config = vision_part(parts.read_config(place, "vision encoder"))
     except ModelError as error:
