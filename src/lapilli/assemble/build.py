@@ -258,9 +258,8 @@ def generation_config(
 ) -> GenerationConfig:
     """Greedy decoding that ends at the tokenizer's end token or the template's own end mark, where that is a token.
 
-    The image token is never generated.
-    Of the language model's `own` settings its end tokens are kept; those of sampling are left out: settings that contradict each other there would make
-    saving fail at the end of a long run.
+    The image token is never generated. Of the language model's `own` settings the end tokens are kept; those of
+    sampling are left out: settings that contradict each other there would make saving fail at the end of a long run.
     """
     vocabulary = tokenizer.get_vocab()
     given: Any = None if own is None else own.eos_token_id
