@@ -27,7 +27,7 @@ _WORD = re.compile(
     | (?:o'clock|ma'am)\b
     | n't\b | '(?:s|re|ve|ll|d|m)\b                                 # it 's, they 're
     | \d+(?:[.,:/]\d+)*(?:st|nd|rd|th|s|am|pm)?(?![\w-])            # 1,000 10:30 3/4 2nd
-    | [a-z]{1, 2}&[a-z]\b
+    | [a-z]{{1,2}}&[a-z]\b                                           # at&t
     | \w+(?:[-/.]\w+)*
     | \.\.\. | -- | ``|'' | [?!]+ | \S
     """,
