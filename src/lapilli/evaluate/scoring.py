@@ -63,6 +63,9 @@ def finish(
         notes.append("nothing to score here: " + _why_unscored(job))
     written = [] if folder is None else _submissions(job, texts, folder, notes)
     used = [answers[name] for name in texts]
+    cut = sum(line.metadata.get("finish") in ("length", "context") for line in used)
+    if cut:
+        notes.append(f"{cut} of {len(used)} answers were cut at their longest")
     made = Results(
         task=job.task.name,
         title=job.task.title,
@@ -76,7 +79,7 @@ def finish(
             asked=len(job.asked),
             answered=len(texts),
             missing=len(missing),
-            cut=sum(line.metadata.get("finish") in ("length", "context") for line in used),
+            cut=cut,
             limit=job.limit,
         ),
         files=digests(job.files),
