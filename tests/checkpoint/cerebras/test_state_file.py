@@ -120,7 +120,9 @@ def _cut(opened: h5py.File) -> None:
         (_lie, "b.weight"),
         (_pickled, "model.d"),
         (_graph, "DeferredGraph"),
-        (_cut, "end"),
+        (_nonsense, r"model\.d: its description"),
+        (_too_large, r"model\.d: .* can't be in"),
+        (_cut, "to its end"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(mixed: Path, change, words: str) -> None:
