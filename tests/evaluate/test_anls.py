@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lapilli.base.errors import DataError
 from lapilli.evaluate import anls
+from lapilli.evaluate.scorers import SCORERS
 from lapilli.evaluate.task import Question
 
 TEXT = st.text(alphabet="ab c", max_size=6)
@@ -40,3 +41,19 @@ def test_the_best_of_several_truths_counts():
     assert anls.score(asked, {"1": "bil", "2": "99"}, {"threshold": 0.8}).values == {"anls": 0}
     with pytest.raises(DataError, match=r"options.threshold must be a number from 0 to 1"):
         anls.score(asked, {"1": "", "2": ""}, {"threshold": 50})
+
+
+@pytest.mark.parametrize(
+    ("scorer", "headline", "value"), [("anls", "anls", 100 * 2 / 3), ("vqa", "accuracy", 60), ("captions", "cider", 0)]
+)
+def test_tasks_of_ones_own_can_be_scored_so(folder, scorer, headline, value):
+    """Ten people's answers to two questions about no picture."""
+    folder.questions(
+        {"question_id": i, "text": "What is it?", "answer": ["rad"] * 2 + ["blue"] * 8, "kind": "first"}
+        for i in range(2)
+    )
+    job = folder.job(scorer=scorer, headline=headline, optional=["images"])
+    scores = SCORERS[scorer].call(
+        job.questions, {q.id: "rod" if scorer == "anls" else "rad" for q in job.questions}, {}
+    )
+    assert scores.values[headline] == pytest.approx(value)

@@ -17,6 +17,7 @@ def test_numbers_are_the_evaluations(known, tmp_path):
     write(tmp_path / "all.json", known["questions"])
     (tmp_path / "data").mkdir()
     (tmp_path / "all.json").rename(tmp_path / QUESTIONS)  # GQA's own file of all questions
+    write(tmp_path / TRUTH, {"1": {}})  # of another split, and not looked at
     write(tmp_path / "data/testdev_choices.json", known["choices"])
     job = open_task("gqa", tmp_path)
     assert job.questions[0].text.endswith(f"?{SHORT}")

@@ -62,9 +62,11 @@ def score(questions: Sequence[Question], answers: Mapping[str, str], options: Ma
             group: _measures([name for name, its in named if its == group], said, known)[0] for group in counts[kind]
         }
     empty = sum(not found for found in said.values())
-    notes = (f"{empty} of {len(questions)} captions have no words; they count as 0",) if empty else ()
+    notes = [f"{empty} of {len(questions)} captions have no words; they count as 0"] if empty else []
+    if len(questions) == 1:
+        notes.append("CIDEr-D of one picture is always 0: it counts in how many pictures' captions words stand")
     parsed = {name: " ".join(found) for name, found in said.items()}
-    return Scores(values, dict(zip(said, items, strict=True)), groups, counts, parsed, notes)
+    return Scores(values, dict(zip(said, items, strict=True)), groups, counts, parsed, tuple(notes))
 
 
 def submit(

@@ -30,24 +30,23 @@ _COMMON = frozenset({"color", "material", "shape"})
 
 
 def read(task: Task, files: Mapping[str, Any], options: Mapping[str, Any]) -> list[Question]:
-    """Questions of LLaVA's file or of GQA's own, with the answers of GQA's questions file if it is there.
+    """Questions of LLaVA's file, with the answers of GQA's questions file if it is there; or of GQA's own alone.
 
-    GQA's own file asks all its questions, also those outside the balanced set: they count for consistency alone.
+    GQA's own file has its answers, and may ask questions outside the balanced set: they count for consistency alone.
     """
     del task
     path = files["questions"]
     if _is_own(path):
         made = _own_questions(path, str(options.get("suffix", "")))
-        truths = _records(files["truth"]) if "truth" in files else {q.id: dict(q.record) for q in made}
-    else:
-        made = llava_questions(path)
-        truths = _records(files["truth"]) if "truth" in files else None
-    if truths is None:
+        return [_with_truth(question, question.record) for question in made]
+    made = llava_questions(path)
+    if "truth" not in files:
         return made
+    truths = _records(files["truth"])
     unknown = [question.id for question in made if question.id not in truths]
     if unknown:
         raise DataError(
-            f"{files.get('truth', path)}: lacks {len(unknown)} of the questions (first: {', '.join(unknown[:SHOWN])}); "
+            f"{files['truth']}: lacks {len(unknown)} of the questions (first: {', '.join(unknown[:SHOWN])}); "
             f"is it of another split?"
         )
     return [_with_truth(question, truths[question.id]) for question in made]

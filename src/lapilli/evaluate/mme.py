@@ -139,7 +139,7 @@ def _with_truth(question: Question, root: Path, known: dict[Path, dict[str, str]
 
 def _answers(path: Path) -> dict[str, str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise DataError(f"{path}: can't be read ({error.strerror}); MME's answers lie beside its pictures") from error
     except UnicodeDecodeError as error:
