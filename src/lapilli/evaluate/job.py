@@ -63,11 +63,11 @@ def open_job(
     read: dict[Protocol, list[Question]] = {}
     for protocol in protocols:
         options = task.options_for(protocol)
-        same = next((p for p in read if task.options_for(p) == options), None)
-        read[protocol] = read[same] if same is not None else entry.call(task, files, options)
-    first = protocols[0]
-    for other in protocols[1:]:
-        if [_asks(q) for q in read[first]] != [_asks(q) for q in read[other]]:
+        same = next((questions for p, questions in read.items() if task.options_for(p) == options), None)
+        read[protocol] = entry.call(task, files, options) if same is None else same
+    first: Protocol = protocols[0]
+    for other, questions in read.items():
+        if [_asks(q) for q in read[first]] != [_asks(q) for q in questions]:
             raise DataError(
                 f"task {task.name}: protocols {first} and {other} ask different questions; evaluate them one at a "
                 "time with --protocol, each into an --out of its own"
