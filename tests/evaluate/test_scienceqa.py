@@ -101,6 +101,12 @@ def test_the_originals_reading(text, letter):
         ("The answer is E.", None),
         ("", None),
         ("I don't know", None),
+        ("I think C", "C"),
+        ("It is 'B': it floats", "B"),
+        ("A cat, I'd say", None),
+        ("A or B", None),
+        ("A cat, so A", "A"),
+        ("D", None),
     ],
 )
 def test_the_fixed_reading(text, letter):

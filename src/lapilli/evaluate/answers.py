@@ -26,7 +26,7 @@ from lapilli.evaluate.task import Question
 
 log = logging.getLogger(__name__)
 
-_IDS = ("question_id", "questionId", "id")
+_IDS = ("question_id", "questionId", "id", "img_path")  # the last: Q-Bench, whose records are its answers
 _TEXTS = ("text", "response", "prediction", "answer")
 _SYNC_SECONDS = 1.0
 
@@ -248,11 +248,12 @@ def _line(value: Any, where: str) -> Line:
     if not isinstance(text, str):
         raise DataError(f"{where}: the answer to {name} needs a text: {' or '.join(_TEXTS)}")
     metadata, turn = value.get("metadata"), value.get("round_id")
+    prompt = value.get("prompt", value.get("question") if name == value.get("img_path") else None)
     return Line(
         question_id=str(name),
         text=text,
         where=where,
-        prompt=value["prompt"] if isinstance(value.get("prompt"), str) else None,
+        prompt=prompt if isinstance(prompt, str) else None,
         round_id=turn if isinstance(turn, int) else None,
         metadata=metadata if isinstance(metadata, dict) else {},
         model_id=value["model_id"] if isinstance(value.get("model_id"), str) else None,

@@ -17,6 +17,7 @@ SINGLE_LETTER = "Answer with the option's letter from the given choices directly
 
 _STATED = re.compile(r"The answer is ([A-Z]).")
 _SAID = re.compile(r"[Aa]nswer(?: is|:) ?\(?([A-Z])\b")
+_LONE = re.compile(r"(?<!\w)(?<!\w')([B-HJ-Z]|A(?!\s+(?!or\b|and\b)[a-z]))(?!\w|'\w)")  # not the words `A cat`, `I`
 _PMC = tuple(re.compile(rule) for rule in (r"([A-Z]).", r"option ([A-Z]).", r" ([A-Z]):", r"'([A-Z])'", r"is ([A-Z])."))
 _MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _REFUSALS = (
@@ -84,14 +85,17 @@ def mmbench(answer: str, choices: Sequence[str]) -> str | None:
 
 
 def fixed(answer: str, choices: Sequence[str]) -> str | None:
-    """The forms that answers really take: `... the answer is B`, else `B`, `b`, `(B)`, `B. a cat`, the choice's text.
+    """The forms that answers really take: `... the answer is B`, else `B`, `b`, `(B)`, `B. a cat`, the choice's text,
+    else the one choice's letter that stands alone in it, as in `I think C`.
 
-    An answer that names two letters so names none.
+    An answer that names two letters in the first way names none.
     """
     named = set(_SAID.findall(answer))
     if named:
         return named.pop() if len(named) == 1 and named <= set(LETTERS[: len(choices)]) else None
-    return read_choice(answer, choices)
+    letter = read_choice(answer, choices)
+    lone = set(_LONE.findall(answer)) & set(LETTERS[: len(choices)])
+    return lone.pop() if letter is None and len(lone) == 1 else letter
 
 
 def unread_note(questions: Sequence[Question], letters: Mapping[str, str | None]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ Whatever is in one and not in the other is an error with counts and first exampl
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +65,12 @@ def picture_question(
 
 def _without(names: Iterable[str], others: set[str]) -> list[str]:
     return [name for name in names if name not in others]
+
+
+def unique(questions: Sequence[Question], path: str | Path) -> list[Question]:
+    """The questions, once it is known that no id of their file occurs twice. Raises DataError."""
+    names = Counter(str(question.record["question_id"]) for question in questions)
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise DataError(f"{path}: {examples(twice, 'id', 'ids')} on more than one question")
+    return list(questions)

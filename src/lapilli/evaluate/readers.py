@@ -1,6 +1,20 @@
 """The readers that task files name: a benchmark's files to its questions."""
 
-from lapilli.evaluate import captions, gqa, mmbench, mme, own, pope, scienceqa, vqa_files
+from lapilli.evaluate import (
+    captions,
+    gqa,
+    mmbench,
+    mme,
+    open_ended,
+    own,
+    pmc,
+    pope,
+    qbench,
+    quilt,
+    scienceqa,
+    seed,
+    vqa_files,
+)
 from lapilli.evaluate.registry import Entry
 from lapilli.evaluate.task import Reader
 
@@ -16,4 +30,10 @@ READERS: dict[str, Entry[Reader]] = {
     "mme": Entry(mme.read),
     "captions": Entry(captions.read, captions.READ_OPTIONS),
     "mmbench": Entry(mmbench.read, mmbench.READ_OPTIONS),
+    "seed": Entry(seed.read),
+    "qbench": Entry(qbench.read, qbench.READ_OPTIONS),
+    "open_ended": Entry(open_ended.read),
+    "mm_vet": Entry(open_ended.read_mmvet),
+    "quilt": Entry(quilt.read, quilt.READ_OPTIONS),
+    "pmc": Entry(pmc.read, pmc.READ_OPTIONS),
 }

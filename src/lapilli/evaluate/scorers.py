@@ -1,6 +1,6 @@
 """The scorers that task files name: questions and answers to numbers."""
 
-from lapilli.evaluate import anls, captions, gqa, mmbench, mme, own, pope, scienceqa, vqa
+from lapilli.evaluate import anls, captions, gqa, mmbench, mme, own, pmc, pope, quilt, scienceqa, seed, vqa
 from lapilli.evaluate.registry import Entry
 from lapilli.evaluate.task import Scorer
 
@@ -16,4 +16,7 @@ SCORERS: dict[str, Entry[Scorer]] = {
     "captions": Entry(captions.score),
     "anls": Entry(anls.score, anls.OPTIONS),
     "mmbench": Entry(mmbench.score),
+    "seed": Entry(seed.score, seed.SCORE_OPTIONS),
+    "quilt": Entry(quilt.score, quilt.SCORE_OPTIONS),
+    "pmc": Entry(pmc.score, pmc.SCORE_OPTIONS),
 }
