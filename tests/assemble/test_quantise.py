@@ -26,8 +26,8 @@ THEIRS = {
     8: {"load_in_8bit": True},
     4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
 }
-CLOSE = {8: 0.03, 4: 0.35}
-"""Largest difference of logits, in their standard deviations."""
+CLOSE = {8: 0.02, 4: 0.2}
+"""Deviation of the difference of logits, in deviations of the logits; 0.007 and 0.09 as measured."""
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,8 @@ def test_it_loads_in_transformers_and_here_with_close_logits(both, model):
     assert torch.allclose(here, there, atol=1e-4)
     assert type(loaded.language_model.model.layers[0].mlp.up_proj).__module__.startswith("bitsandbytes")
     assert type(loaded.projector[0]) is torch.nn.Linear
-    assert 0 < (here - exact).abs().max() < CLOSE[bits] * exact.std() * 5
+    apart = (here - exact).std() / exact.std()
+    assert 0 < apart < CLOSE[bits]
 
 
 def test_an_assistant_answers_and_our_own_type_loads_too(tmp_path):
