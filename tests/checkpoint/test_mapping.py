@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,31 @@ def test_a_file_that_shrank_after_it_was_opened_is_named(tmp_path):
     os.truncate(tmp_path / "f.safetensors", 500)
     with pytest.raises(ModelError, match=r"f\.safetensors: a can't be read .*shorter"):
         lazy.read()
+
+
+def test_pickles_are_mapped_a_tensor_at_a_time_too(tmp_path):
+    whole = torch.arange(24.0)
+    tensors = {"a": whole.view(4, 6), "turned": whole.view(4, 6).t(), "part": whole[5:9], "b": torch.ones(3).bfloat16()}
+    tensors |= {"none": torch.zeros(0, 3), "one": torch.tensor(7)}
+    torch.save(tensors, tmp_path / "f.bin")
+    opened = open_file(tmp_path / "f.bin")
+    for name, tensor in tensors.items():
+        found = opened[name].read()
+        assert (found.dtype, opened[name].shape) == (tensor.dtype, tuple(tensor.shape))
+        assert torch.equal(found, tensor), name
+    opened["a"].read().zero_()
+    assert torch.equal(opened["turned"].read(), tensors["turned"]), "the file did not change"
+
+
+def test_pickles_that_can_only_be_read_whole(tmp_path):
+    tensors = {"a": torch.arange(12.0).view(3, 4)}
+    torch.save(tensors, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    torch.save(tensors, tmp_path / "new.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "new.bin") as source,
+        zipfile.ZipFile(tmp_path / "packed.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for entry in source.infolist():
+            packed.writestr(entry.filename, source.read(entry))
+    for name in ("old.bin", "packed.bin"):
+        assert torch.equal(open_file(tmp_path / name)["a"].read(), tensors["a"]), name

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from lapilli.base.errors import ModelError, RunError
 from lapilli.base.progress import Progress
 from lapilli.checkpoint.mapping import map_bytes
-from lapilli.checkpoint.tensors import map_pickle, read_index, some, weight_file
+from lapilli.checkpoint.tensors import map_pickle, outline_pickle, read_index, some, weight_file
 
 _DTYPES = {
     "F64": torch.float64,
@@ -122,6 +122,9 @@ def open_file(file: Path) -> Tensors:
 
 def _open_one(file: Path) -> Tensors:
     if file.suffix != ".safetensors":
+        outline = outline_pickle(file)
+        if outline is not None:
+            return {name: _pickled(file, name, tensor, place) for name, (tensor, place) in outline.items()}
         return {name: held(tensor, f"{file}: {name}") for name, tensor in map_pickle(file).items()}
     try:
         with safe_open(file, framework="numpy"):  # checks the header against the file
@@ -134,6 +137,20 @@ def _open_one(file: Path) -> Tensors:
     table.pop("__metadata__", None)
     places = sorted(table.items(), key=lambda item: item[1]["data_offsets"])
     return {name: _mapped(file, name, about, 8 + size) for name, about in places}
+
+
+def _pickled(file: Path, name: str, about: torch.Tensor, place: int) -> Lazy:
+    """A tensor of a pickled file by its outline; its storage stands at `place`."""
+    size, kind = about.untyped_storage().nbytes(), about.dtype
+    shape, stride, offset = tuple(about.shape), about.stride(), about.storage_offset()
+
+    def read() -> torch.Tensor:
+        try:
+            return map_bytes(file, place, size).view(kind).as_strided(shape, stride, offset)
+        except (OSError, RuntimeError) as error:
+            raise ModelError(f"{file}: {name} can't be read ({error})") from error
+
+    return Lazy(shape, kind, f"{file}: {name}", read)
 
 
 def _mapped(file: Path, name: str, about: Mapping[str, Any], data: int) -> Lazy:

@@ -100,21 +100,56 @@ def map_pickle(file: Path) -> dict[str, torch.Tensor]:
 
     Raises ModelError for a broken file, and for one that holds anything but tensors: no code in it ever runs.
     """
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except UnpicklingError as error:
-        raise ModelError(f"{file}: can't be read safely: it holds more than tensors, or is broken") from error
-    except _BROKEN as error:
-        raise _broken(file, error) from error
-    if not isinstance(tensors, dict) or not all(isinstance(n, str) and _is_plain(t) for n, t in tensors.items()):
+    tensors = _load_pickle(file, "cpu", mmap=_is_stored(file))
+    if not all(_is_plain(tensor) and not tensor.is_meta for tensor in tensors.values()):
         raise ModelError(f"{file}: not a table of tensors")
     return tensors
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether this is a tensor of plain numbers: neither sparse nor quantised, and with its values there."""
-    plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
-    return plain and not value.is_meta
+def outline_pickle(file: Path) -> dict[str, tuple[torch.Tensor, int]] | None:
+    """The tensors of a pickled weight file on the meta device, each with the place of its storage in the file.
+
+    None where that is not known, so that the file must be read as a whole. Raises as `map_pickle`.
+    """
+    if not _is_stored(file):
+        return None
+    made: dict[str, tuple[torch.Tensor, int]] = {}
+    for name, tensor in _load_pickle(file, "meta", mmap=False).items():
+        place = getattr(tensor.untyped_storage(), "_checkpoint_offset", None) if _is_plain(tensor) else None
+        if not isinstance(place, int):
+            return None
+        made[name] = tensor, place
+    return made
+
+
+def _is_stored(file: Path) -> bool:
+    """Whether a pickled file is an archive of bytes as they are: neither torch's before 1.6 nor compressed."""
+    try:
+        if not zipfile.is_zipfile(file):
+            return False
+        with zipfile.ZipFile(file) as archive:
+            return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+    except _BROKEN as error:
+        raise _broken(file, error) from error
+
+
+def _load_pickle(file: Path, device: str, *, mmap: bool) -> dict[str, torch.Tensor]:
+    try:
+        tensors = torch.load(file, map_location=device, weights_only=True, mmap=mmap)
+    except UnpicklingError as error:
+        raise ModelError(f"{file}: can't be read safely: it holds more than tensors, or is broken") from error
+    except _BROKEN as error:
+        raise _broken(file, error) from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+    ):
+        raise ModelError(f"{file}: not a table of tensors")
+    return tensors
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether this is a tensor of plain numbers: neither sparse nor quantised."""
+    return tensor.layout == torch.strided and not tensor.is_quantized
 
 
 def _broken(file: Path, error: Exception) -> ModelError:
