@@ -15,6 +15,9 @@ from lapilli.evaluate.task import Question
 SINGLE_LETTER = "Answer with the option's letter from the given choices directly."
 """What the original writes behind a question with choices."""
 
+LLAVA = "protocol llava: "
+"""How notes begin that are true under that protocol only."""
+
 _STATED = re.compile(r"The answer is ([A-Z]).")
 _SAID = re.compile(r"[Aa]nswer(?: is|:) ?\(?([A-Z])\b")
 _LONE = re.compile(r"(?<!\w)(?<!\w')([B-HJ-Z]|A(?!\s+(?!or\b|and\b)[a-z]))(?!\w|'\w)")  # not the words `A cat`, `I`
@@ -98,7 +101,8 @@ def fixed(answer: str, choices: Sequence[str]) -> str | None:
     return lone.pop() if letter is None and len(lone) == 1 else letter
 
 
-def unread_note(questions: Sequence[Question], letters: Mapping[str, str | None]) -> tuple[str, ...]:
+def unread_note(questions: Sequence[Question], letters: Mapping[str, str | None], llava: bool) -> tuple[str, ...]:
     """A note of how many answers name no choice; empty if all do."""
     lost = sum(not letters[question.id] for question in questions)
-    return (f"{lost} of {len(questions)} answers name no choice; they count as wrong",) if lost else ()
+    said = f"{lost} of {len(questions)} answers name no choice; they count as wrong"
+    return (f"{LLAVA}{said}" if llava else said,) if lost else ()

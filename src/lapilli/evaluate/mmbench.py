@@ -188,7 +188,7 @@ def score(questions: Sequence[Question], answers: Mapping[str, str], options: Ma
     }
     made = mean_scores(firsts, items, {name: letter or "" for name, letter in letters.items()})
     single = 100 * sum(right[first.id] for first in firsts) / len(firsts)
-    notes = [*choices.unread_note(questions, letters)]
+    notes = [*choices.unread_note(questions, letters, False)]
     rotated = sum(len(same) > 1 for same in passes.values())
     if rotated:
         notes.append(f"CircularEval: {len(questions)} rotations of {len(passes)} questions")

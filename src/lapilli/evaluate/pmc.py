@@ -61,7 +61,7 @@ def score(questions: Sequence[Question], answers: Mapping[str, str], options: Ma
     }
     right = {q.id: float(letters[q.id] == q.truth) for q in questions}
     read_as = {name: letter or "" for name, letter in letters.items()}
-    made = mean_scores(questions, right, read_as, choices.unread_note(questions, letters))
+    made = mean_scores(questions, right, read_as, choices.unread_note(questions, letters, llava))
     pictured = [right[q.id] for q in questions if q.images]
     more = {"image_accuracy": 100 * sum(pictured) / len(pictured)} if pictured else {}
     return replace(made, values={**made.values, **more})

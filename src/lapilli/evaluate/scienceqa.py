@@ -101,9 +101,9 @@ def score(questions: Sequence[Question], answers: Mapping[str, str], options: Ma
     letters |= {q.id: None for q in missing}
     # A letter beyond the question's choices is no answer; the original gives it the index -1.
     right = {q.id: float(letters[q.id] == q.truth) for q in counted}
-    notes = [*choices.unread_note(questions, letters)]
+    notes = [*choices.unread_note(questions, letters, llava)]
     if missing:
-        notes.append(f"{len(missing)} questions without an answer count as wrong, as in the original")
+        notes.append(f"{choices.LLAVA}{len(missing)} without an answer count as wrong all the same")
     made = mean_scores(counted, right, {name: letter or "" for name, letter in letters.items()})
     values = dict(made.values)
     pictured = [right[q.id] for q in counted if q.images]

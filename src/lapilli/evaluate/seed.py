@@ -98,7 +98,7 @@ def score(questions: Sequence[Question], answers: Mapping[str, str], options: Ma
     for kind, named in made.groups.get("data", {}).items():
         values[f"{kind}_accuracy"] = named["accuracy"]
     if not llava:
-        return replace(made, values=values, notes=choices.unread_note(questions, letters))
+        return replace(made, values=values, notes=choices.unread_note(questions, letters, llava))
     notes = []
     other = sum(text not in tuple(_LETTERS) for text in answers.values())
     if other:
@@ -106,11 +106,12 @@ def score(questions: Sequence[Question], answers: Mapping[str, str], options: Ma
             f"{other} of {len(questions)} answers are not a bare letter; they count as wrong, as in the original"
         )
     if missing:
-        notes.append(f"{len(missing)} questions without an answer count as wrong, as in the original")
+        notes.append(f"{choices.LLAVA}{len(missing)} without an answer count as wrong all the same")
     lacking = {q.groups["type"] for q in missing}
     none = [n for n, v in made.groups.get("type", {}).items() if v["accuracy"] == 0 and n not in lacking]
     if none:
-        notes.append(f"the original stops with an error here: {examples(none, 'type', 'types')} without a right answer")
+        named = examples(none, "type", "types")
+        notes.append(f"{choices.LLAVA}the original stops with an error here: {named} without a right answer")
     return replace(made, values=values, notes=tuple(notes))
 
 
