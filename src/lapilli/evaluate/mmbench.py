@@ -36,9 +36,9 @@ ROUND = 1_000_000
 
 _EMPTY = frozenset(
     {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"}
-    | {"NULL", "n/a", "null"}
+    | {"NULL", "NaN", "None", "n/a", "nan", "null"}
 )
-"""Cells that pandas, which the original reads with, takes for empty; with `nan` and `none` in any case."""
+"""Cells that pandas, which the original reads with, takes for empty. It stops at `nan` and `none` in any case too."""
 
 _DROPPED = frozenset({"hint", "category", "source", "image", "comment", "l2-category"})
 _PREDICTION = 6
@@ -242,7 +242,7 @@ def submit(
 def _row(question: Question, answer: str) -> dict[str, Any]:
     turn = question.record["answer_fields"]["round_id"]
     made: dict[str, Any] = {
-        name: None if _is_empty(cell) else cell for name, cell in question.record["row"].items() if name not in _DROPPED
+        name: None if cell in _EMPTY else cell for name, cell in question.record["row"].items() if name not in _DROPPED
     }
     made["index"] = question.record["question_id"] + turn * ROUND
     if turn:
