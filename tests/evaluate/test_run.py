@@ -2,17 +2,16 @@
 
 import json
 
-import numpy as np
 import pytest
 from tests.evaluate.conftest import SAYS
 
 from lapilli.base.errors import DataError, RunError
+from lapilli.evaluate.asking import continued
 from lapilli.evaluate.compare import compare
 from lapilli.evaluate.ranks import Rank
 from lapilli.evaluate.results import read_items, read_results
 from lapilli.evaluate.run import Settings, evaluate, score
 from lapilli.generate.decoding import Decoding
-from lapilli.generate.processor import Prompt
 
 MODEL = {"name": "parrot", "path": "x", "fingerprint": "1"}
 
@@ -179,10 +178,7 @@ def test_a_reasoning_is_gone_on_with_in_the_models_own_turn(folder, tiny, tmp_pa
         picture = folder.root / "pictures" / question.images[0].path
         first = tiny.answer(question.text, [picture], Decoding(12))
         prompt = tiny.processor.prompt(question.text, [picture])
-        ids = [i for i in first.token_ids if i not in tiny.engine.end_ids]
-        ids += tiny.tokenizer(follow_up["text"], add_special_tokens=False)["input_ids"]
-        both = np.concatenate([prompt.input_ids, ids])
-        longer = Prompt(both, prompt.tiles, prompt.sizes, prompt.image_tokens, prompt.keys)
+        longer = continued(tiny, prompt, first, follow_up["text"])
         (second,) = tiny.engine.generate([longer], Decoding(4))
         assert line["text"] == f"{first.text}\nThe answer is {second.text}"
 

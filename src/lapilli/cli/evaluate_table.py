@@ -31,18 +31,18 @@ def print_results(results: Sequence[Results], groups: bool = True) -> None:
 
     console = Console(highlight=False)
     table = Table()
-    for column in ("task", "protocol", "metric", "value", "95 % interval", "questions", "missing", "cut"):
+    for column in ("task", "protocol", "metric", "value", "95 % interval", "questions"):
         table.add_column(column, justify="left" if column in ("task", "protocol", "metric") else "right")
     for made in results:
-        counts = (f"{made.counts.answered:,}", str(made.counts.missing), str(made.counts.cut))
+        counts = f"{made.counts.answered:,}"
         if not made.protocols:
-            table.add_row(made.task, "-", "not scored", "-", "-", *counts)
+            table.add_row(made.task, "-", "not scored", "-", "-", counts)
         for names, found in _distinct(made):
             between = "-" if found.interval is None else f"{found.interval[0]:.2f} - {found.interval[1]:.2f}"
-            table.add_row(made.task, names, made.headline, value_text(found.values[made.headline]), between, *counts)
+            table.add_row(made.task, names, made.headline, value_text(found.values[made.headline]), between, counts)
             for name, value in found.values.items():
                 if groups and name != made.headline:
-                    table.add_row("", "", name, value_text(value), "", "", "", "")
+                    table.add_row("", "", name, value_text(value), "", "")
     console.print(table)
     for made in results:
         for names, found in _distinct(made) if groups else ():
@@ -58,6 +58,11 @@ def value_text(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.2f}"
 
 
+def protocol_text(names: Sequence[str]) -> str:
+    """Protocols that agree, in a word."""
+    return names[0] if len(names) == 1 else "both"
+
+
 def _distinct(made: Results) -> list[tuple[str, Outcome]]:
     """Outcomes by protocol; protocols whose outcome is the same share a row."""
     found: list[tuple[list[str], Outcome]] = []
@@ -67,7 +72,7 @@ def _distinct(made: Results) -> list[tuple[str, Outcome]]:
             found.append(([protocol], one))
         else:
             same.append(protocol)
-    return [(", ".join(names), one) for names, one in found]
+    return [(protocol_text(names), one) for names, one in found]
 
 
 def _print_groups(console: object, made: Results, names: str, found: Outcome) -> None:

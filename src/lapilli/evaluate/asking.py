@@ -30,6 +30,9 @@ AHEAD = 64
 _GROUP = 256
 """Questions of a group at most, so that what is prepared ahead is bounded."""
 
+_STOP_TOKENS = 32
+"""A stop string takes fewer."""
+
 OnAnswer = Callable[[Question, Answer, str], None]
 """(question, its last answer, the text that counts)"""
 OnMissing = Callable[[Question, str], None]
@@ -87,11 +90,25 @@ def continued(assistant: Assistant, prompt: Prompt, answer: Answer, text: str) -
     processor, ids = assistant.processor, list(answer.token_ids)
     while ids and ids[-1] in assistant.engine.end_ids:
         ids.pop()
-    ends = (n for n in range(len(ids), -1, -1) if processor.decode(ids[:n]).rstrip().endswith(answer.text))
-    ids = ids[: next(ends, len(ids))]  # without the tokens of a stop string
-    more = cast(list[int], processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-    made = np.concatenate([prompt.input_ids, np.array([*ids, *more], dtype=prompt.input_ids.dtype)])
+
+    def whole(count: int) -> bool:
+        return processor.decode(ids[:count]).rstrip().endswith(answer.text)
+
+    count = next((n for n in range(len(ids), max(-1, len(ids) - _STOP_TOKENS), -1) if whole(n)), len(ids))
+    while count and whole(count - 1):
+        count -= 1  # blanks at the end, which no answer has
+    more = _ids_behind(processor, answer.text, text)
+    made = np.concatenate([prompt.input_ids, np.array([*ids[:count], *more], dtype=prompt.input_ids.dtype)])
     return Prompt(made, prompt.tiles, prompt.sizes, prompt.image_tokens, prompt.keys)
+
+
+def _ids_behind(processor: Processor, before: str, text: str) -> list[int]:
+    """Tokens of a text behind another one; alone it may have others (sentencepiece puts a blank in front)."""
+    both, first, alone = (
+        cast(list[int], processor.tokenizer(t, add_special_tokens=False)["input_ids"])
+        for t in (before + text, before, text)
+    )
+    return both[len(first) :] if before and both[: len(first)] == first else alone
 
 
 class _Source:
