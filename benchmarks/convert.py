@@ -16,6 +16,7 @@ cache before every step, the copy included, and every step ends with the files o
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -221,7 +222,7 @@ def run(command: list[str], limit_bytes: int | None) -> dict[str, Any]:
 
     if limit_bytes is not None:
         command = [sys.executable, "-c", LIMITED, str(limit_bytes), *command]
-    began, highest = time.monotonic(), 0
+    began, worked, highest = time.monotonic(), processor_seconds(), 0
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         while process.poll() is None:
@@ -230,12 +231,23 @@ def run(command: list[str], limit_bytes: int | None) -> dict[str, Any]:
         seconds = time.monotonic() - began
         output.seek(0)
         said = output.read().decode(errors="replace").splitlines()
-    return {"seconds": seconds, "anonymous_bytes": highest, "ok": process.returncode == 0, "said": said[-12:]}
+    return {
+        "seconds": seconds,
+        "processor_seconds": processor_seconds() - worked,
+        "anonymous_bytes": highest,
+        "ok": process.returncode == 0,
+        "said": said[-12:],
+    }
+
+
+def processor_seconds() -> float:
+    """What this process and those that it has waited for have used."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def copy(source: Path, target: Path) -> dict[str, Any]:
     """Copy the model and its encoder, the bytes that a conversion writes, down to the disk."""
-    began = time.monotonic()
+    began, worked = time.monotonic(), processor_seconds()
     for folder in ("model", "tower"):
         shutil.copytree(source / folder, target / folder)
     for file in target.rglob("*"):
@@ -243,7 +255,7 @@ def copy(source: Path, target: Path) -> dict[str, Any]:
             handle = os.open(file, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
-    return {"seconds": time.monotonic() - began}
+    return {"seconds": time.monotonic() - began, "processor_seconds": processor_seconds() - worked}
 
 
 def commands(root: Path, out: Path) -> dict[str, list[str]]:
@@ -274,7 +286,11 @@ def measure(root: Path, steps: list[str], limit_bytes: int) -> dict[str, Any]:
 def show(step: str, made: dict[str, Any], copied: dict[str, Any] | None) -> None:
     times = f" {made['seconds'] / copied['seconds']:5.2f} times the copy" if copied and copied is not made else ""
     memory = f"  {made['anonymous_bytes'] / 1e9:5.2f} GB anonymous" if "anonymous_bytes" in made else ""
-    print(f"{step:<16} {made['seconds']:7.1f} s{memory}{times}{'' if made.get('ok', True) else '  FAILED'}", flush=True)
+    work = f" ({made['processor_seconds']:.0f} s of processor)"
+    print(
+        f"{step:<16} {made['seconds']:7.1f} s{work}{memory}{times}{'' if made.get('ok', True) else '  FAILED'}",
+        flush=True,
+    )
     if not made.get("ok", True):
         print("\n".join(made["said"]), flush=True)
 
