@@ -139,3 +139,21 @@ def test_pmc_is_the_originals(anchored, tmp_path):
     assert first.text.startswith("<image>\nq")
     assert first.text.endswith("D:w\nAnswer with the option's letter from the given choices directly.")
     assert first.choices == ("x", "y", "z", "w")
+
+
+def test_pmc_reads_the_published_table_as_the_original_converts_it(tmp_path):
+    (tmp_path / "pmcvqa_images").mkdir()
+    head = "Figure_path,Caption,Question,Choice A,Choice B,Choice C,Choice D,Answer,in_quilt\n"
+    row = '{}.jpg,"a, b"," What is\n it?"," A:x y"," B:z"," C:v"," D:w",{},{}\n'
+    table = tmp_path / "subset.csv"
+    table.write_text(
+        head + row.format("a", "B", "True") + row.format("b", "C", "False") + row.format("c", "D", "False")
+    )
+    job = open_job(load_task("pmc-vqa"), tmp_path, ["llava"], named={"questions": str(table)})
+    assert [(q.id, q.images[0].path, q.truth) for q in job.questions] == [("0", "b.jpg", "C"), ("1", "c.jpg", "D")]
+    lines_ = ["<image>", "What is", "it?", "A:x y", "B:z", "C:v", "D:w"]
+    assert job.questions[0].record["prompt"].split("\n")[:7] == lines_
+    assert job.questions[0].choices == ("x y", "z", "v", "w")
+    table.write_text(head + row.format("a", "B", "maybe"))
+    with pytest.raises(DataError, match=r'row 1: "in_quilt" is "maybe"'):
+        open_job(load_task("pmc-vqa"), tmp_path, ["llava"], named={"questions": str(table)})

@@ -149,6 +149,11 @@ def test_llava_bench_joins_reference_and_context_by_id(tmp_path):
     assert any("scored elsewhere" in note for note in results.notes)
     with pytest.raises(DataError, match=r'1 question \("1"\) .*without a record in .*answers_gpt4'):
         open_job(task, bench_folder(tmp_path / "e", references=(0,)), ["llava"])
+    twice = bench_folder(tmp_path / "g")
+    with (twice / "questions.jsonl").open("a") as stream:
+        stream.write(json.dumps({"question_id": 1, "image": "1.jpg", "text": "again"}) + "\n")
+    with pytest.raises(DataError, match=r'questions.jsonl: 1 id \("1"\) on more than one question'):
+        open_job(task, twice, ["llava"])
     with pytest.raises(DataError, match=r'context.jsonl: 1 picture \("2.jpg"\) not in it'):
         open_job(task, bench_folder(tmp_path / "f", pictures=("1.jpg",)), ["llava"])
 

@@ -38,6 +38,7 @@ def tasks(name: Annotated[str | None, typer.Argument(help="A task, to see all ab
     for protocol, options in task.protocols.items():
         rows += [(f"option {key}", f"{value!r} under protocol {protocol}") for key, value in options.items()]
     decoding = ", ".join(f"{key} {value}" for key, value in task.decoding.model_dump(exclude_none=True).items())
+    rows += [("second round", repr(task.follow_up.text))] if task.follow_up else []
     rows += [("decoding", decoding), ("reader", task.reader), ("scorer", task.scorer or "-")]
     rows += [("submission", task.submission or "-"), ("headline", task.headline)]
     rows += [("source", source) for source in task.source]
