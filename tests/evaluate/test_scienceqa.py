@@ -55,6 +55,13 @@ def test_numbers_are_the_originals(tmp_path):
     assert len(scores.items) == results["count"]
     stated = f"Accuracy: {scores.values['accuracy']:.2f}%, IMG-Accuracy: {scores.values['image_accuracy']:.2f}%"
     assert stated in known["stdout"]
+    # A missing answer is wrong among all, and unknown among those with a picture.
+    lost = [q for q in answered if q.images][:1]
+    rest = [q for q in answered if q not in lost]
+    fewer = scienceqa.score(rest, {q.id: said[q.id]["text"] for q in rest}, {**options, "missing": [*missing, *lost]})
+    pictured = [scores.items[q.id] for q in rest if q.images]
+    assert len(fewer.items) == results["count"]
+    assert fewer.values["image_accuracy"] == pytest.approx(100 * sum(pictured) / len(pictured))
     for question in answered:
         letter = scores.parsed[question.id]
         index = "ABCDE".index(letter) if letter and letter in "ABCDE"[: len(question.choices)] else -1

@@ -93,7 +93,9 @@ def score(questions: Sequence[Question], answers: Mapping[str, str], options: Ma
     every form that names one choice.
     """
     llava = options.get("parse", "fixed") == "llava"
-    missing: Sequence[Question] = options.get("missing", ()) if llava else ()
+    # The original's number of questions with pictures leaves those without an answer out, as it knows them by their log.
+    counts_missing = llava and options.get("pictures", "all") == "all"
+    missing: Sequence[Question] = options.get("missing", ()) if counts_missing else ()
     counted = [*questions, *missing]
     letters: dict[str, str | None] = {
         q.id: choices.scienceqa(answers[q.id]) if llava else choices.fixed(answers[q.id], q.choices) for q in questions
@@ -106,7 +108,7 @@ def score(questions: Sequence[Question], answers: Mapping[str, str], options: Ma
         notes.append(f"{choices.LLAVA}{len(missing)} without an answer count as wrong all the same")
     made = mean_scores(counted, right, {name: letter or "" for name, letter in letters.items()})
     values = dict(made.values)
-    pictured = [right[q.id] for q in counted if q.images]
+    pictured = [right[q.id] for q in questions if q.images]
     if pictured:
         values["image_accuracy"] = 100 * sum(pictured) / len(pictured)
     more, more_notes = scienceqa_gpt4.values(questions, answers, llava)
