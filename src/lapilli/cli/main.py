@@ -29,6 +29,8 @@ VERBS = {
     "evaluate": ("lapilli.cli.evaluate", "Ask a model the field's benchmarks, and score its answers."),
     "score": ("lapilli.cli.score", "Score answers files of any system."),
     "compare": ("lapilli.cli.compare", "Say whether two evaluated models differ, question by question."),
+    "report": ("lapilli.cli.report", "Write evaluations on one page, models side by side."),
+    "judge": ("lapilli.cli.judge", "Have a judge model score answers, and print the table of its reviews."),
     "tasks": ("lapilli.cli.tasks", "List the benchmarks, or show all about one."),
     "quickstart": ("lapilli.cli.quickstart", "Make, train and test a small assistant on real pictures, offline."),
 }

@@ -4,6 +4,7 @@ OUT/<task>/answers.jsonl           every answer, in the original's line format (
 OUT/<task>/answers.meta.json       what the answers depend on: model, decoding, questions
 OUT/<task>/missing.jsonl           questions without an answer, each with the reason
 OUT/<task>/results.json            `Results`
+OUT/<task>/task.json               the task as it was evaluated
 OUT/<task>/items-<protocol>.jsonl  per scored question: {"id", "score", "parsed"}, score 0 to 1 or null
 OUT/<task>/resamples-<protocol>.json  the headline under each bootstrap resample, where it is no mean of items
 OUT/<task>/submission/             what the benchmark's server takes, where it takes something
@@ -26,6 +27,7 @@ from lapilli.evaluate.statistics import interval, mean_percent, resampled
 from lapilli.evaluate.task import Scores, Task
 
 RESULTS = "results.json"
+TASK = "task.json"
 
 
 class Outcome(BaseModel):

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from lapilli.base.atomic import atomic_write
+from lapilli.base.atomic import atomic_write, write_json
 from lapilli.base.errors import RunError
 from lapilli.base.version import VERSION
 from lapilli.evaluate.answers import Line
 from lapilli.evaluate.files import digests
 from lapilli.evaluate.job import Job
 from lapilli.evaluate.records import SHOWN
-from lapilli.evaluate.results import Counts, Outcome, Results, outcome, write_items, write_results
+from lapilli.evaluate.results import TASK, Counts, Outcome, Results, outcome, write_items, write_results
 from lapilli.evaluate.scorers import SCORERS
 from lapilli.evaluate.submissions import SUBMISSIONS
 from lapilli.evaluate.task import Protocol, Question, Scores
@@ -90,6 +90,7 @@ def finish(
         notes=tuple(notes),
     )
     if folder is not None:
+        write_json(folder / TASK, job.task.model_dump(mode="json"))
         write_results(folder, made)
     return made
 

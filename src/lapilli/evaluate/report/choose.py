@@ -1,0 +1,129 @@
+"""Which questions a report shows, and how each model's answer to them is judged.
+
+A page has room for some of a benchmark's thousands: an equal part each for questions that models answer differently,
+wrongly and rightly, spread over groups and over the whole file. The choice is the same every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lapilli.data.sample import Image
+from lapilli.evaluate.report.gather import Entry, Gathered, shown_truth
+from lapilli.evaluate.task import Question
+
+VERDICTS = ("right", "partly", "wrong", "unscored", "missing")
+"""Of one answer: worth all, some or nothing; not scored; not given."""
+STRATA = ("differ", "wrong", "partly", "right", "unscored", "missing")
+"""Of one question: `differ` where models are not of one verdict."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One model's answer to one question."""
+
+    model: str
+    text: str | None
+    verdict: str
+    scores: dict[str, float]
+    """Protocol to score, 0 to 1."""
+    parsed: dict[str, str]
+    """Protocol to the answer as it was read."""
+    finish: str | None
+    reason: str | None
+    """Why there is no answer."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question with every model's answer."""
+
+    task: str
+    id: str
+    text: str
+    expected: str
+    choices: tuple[str, ...]
+    groups: dict[str, str]
+    images: tuple[Image, ...]
+    replies: tuple[Reply, ...]
+    stratum: str
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A task's cases, and how many of each kind there were to choose from."""
+
+    cases: tuple[Case, ...]
+    shown: dict[str, int]
+    found: dict[str, int]
+
+
+def choose(task: Gathered, limit: int) -> Chosen:
+    """At most `limit` questions of a task that were asked and have a score or an answer."""
+    cases = [_case(task, question) for question in _asked(task)]
+    strata = {name: [case for case in cases if case.stratum == name] for name in STRATA}
+    found = {name: len(own) for name, own in strata.items() if own}
+    room = _share([len(strata[name]) for name in found], limit)
+    taken: list[Case] = []
+    for name, count in zip(found, room, strict=True):
+        own = sorted(strata[name], key=lambda case: next(iter(case.groups.values()), ""))  # stable: file order within
+        taken += [own[i * len(own) // count] for i in range(count)]
+    return Chosen(tuple(taken), dict(zip(found, room, strict=True)), found)
+
+
+def _asked(task: Gathered) -> list[Question]:
+    """Questions that stand for themselves: where some have scores (rounds of one question share one), only those."""
+    scored = {name for entry in task.entries for items in entry.items.values() for name in items}
+    missing = {name for entry in task.entries for name in entry.missing}
+    known = scored | missing if scored else {name for entry in task.entries for name in entry.answers} | missing
+    return [question for name, question in task.questions.items() if name in known]
+
+
+def _case(task: Gathered, question: Question) -> Case:
+    replies = tuple(_reply(entry, question) for entry in task.entries)
+    verdicts = {reply.verdict for reply in replies}
+    return Case(
+        task=task.name,
+        id=question.id,
+        text=question.text,
+        expected=shown_truth(question),
+        choices=question.choices,
+        groups=dict(question.groups),
+        images=question.images,
+        replies=replies,
+        stratum=verdicts.pop() if len(verdicts) == 1 else "differ",
+    )
+
+
+def _reply(entry: Entry, question: Question) -> Reply:
+    line = entry.answers.get(question.id)
+    found = {p: items[question.id] for p, items in entry.items.items() if question.id in items}
+    scores = {protocol: float(item.score) for protocol, item in found.items() if item.score is not None}
+    return Reply(
+        model=entry.model,
+        text=None if line is None else line.text,
+        verdict=_verdict(next(iter(scores.values()), None), line is not None),
+        scores=scores,
+        parsed={protocol: item.parsed for protocol, item in found.items() if item.parsed is not None},
+        finish=None if line is None else line.metadata.get("finish"),
+        reason=None if line is not None else entry.missing.get(question.id, "not asked, or its answers are not there"),
+    )
+
+
+def _verdict(score: float | None, answered: bool) -> str:
+    if score is None:
+        return "unscored" if answered else "missing"
+    return "right" if score >= 0.999 else "wrong" if score <= 0.001 else "partly"
+
+
+def _share(sizes: Sequence[int], limit: int) -> list[int]:
+    """So many of each: equal parts of the limit, and what one does not need goes to the others."""
+    room = [0] * len(sizes)
+    left = limit
+    while left and any(taken < size for taken, size in zip(room, sizes, strict=True)):
+        for i, size in enumerate(sizes):
+            if left and room[i] < size:
+                room[i] += 1
+                left -= 1
+    return room
