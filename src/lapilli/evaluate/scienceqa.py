@@ -93,7 +93,7 @@ def score(questions: Sequence[Question], answers: Mapping[str, str], options: Ma
     every form that names one choice.
     """
     llava = options.get("parse", "fixed") == "llava"
-    # The original's number of questions with pictures leaves those without an answer out, as it knows them by their log.
+    # The original knows questions with pictures by its log, and so leaves those without an answer out of their number.
     counts_missing = llava and options.get("pictures", "all") == "all"
     missing: Sequence[Question] = options.get("missing", ()) if counts_missing else ()
     counted = [*questions, *missing]
