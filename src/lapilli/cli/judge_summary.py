@@ -1,0 +1,119 @@
+"""`lapilli judge summary`: the original's table of reviews, as a table, as its own lines, or as JSON."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from lapilli.evaluate.judge.summary import Interval, Table
+
+
+def spread(args: list[str], names: frozenset[str]) -> list[str]:
+    """`-f a b` as `-f a -f b`: the originals' options take several values."""
+    made: list[str] = []
+    open_name = None
+    for arg in args:
+        if arg.startswith("-") and arg != "-":
+            open_name = arg if arg in names else None
+            made.append(arg)
+            continue
+        if open_name is not None and made[-1] != open_name:
+            made.append(open_name)
+        made.append(arg)
+    return made
+
+
+class Summary(TyperCommand):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        names = {"-f", "--files", "-s", "--select", "-i", "--ignore"}
+        return super().parse_args(ctx, spread(args, frozenset(names)))
+
+
+def summary(
+    reviews: Annotated[list[str] | None, typer.Argument(help="Review files.")] = None,
+    files: Annotated[
+        list[str] | None, typer.Option("--files", "-f", help="The same, as the original names them.")
+    ] = None,
+    folder: Annotated[str | None, typer.Option("--dir", "-d", help="Folder of review files.")] = None,
+    version: Annotated[str | None, typer.Option("--version", "-v", help="0613 or 0314, by the file's name.")] = None,
+    select: Annotated[
+        list[str] | None, typer.Option("--select", "-s", help="Only files with this in the name.")
+    ] = None,
+    ignore: Annotated[list[str] | None, typer.Option("--ignore", "-i", help="Leave out questions by id.")] = None,
+    context: Annotated[
+        str | None, typer.Option("--context", "-c", metavar="FILE", help="Quilt's contexts: adds means by organ.")
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="llava (the original's arithmetic), official, or both.")] = "both",
+    plain: Annotated[bool, typer.Option("--plain", help="Print the original's lines alone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Print the original's table of reviews: ratio, first and second score for each category, with intervals."""
+    import json
+    from dataclasses import asdict
+
+    from lapilli.cli.evaluate_table import choose_protocols
+    from lapilli.evaluate.judge.summary import choose_files, read_organs, summarise
+
+    organs = read_organs(context) if context is not None else None
+    chosen = choose_files([*(reviews or []), *(files or [])], folder, version, select or [])
+    tables: list[Table] = []
+    for path in chosen:
+        for one in choose_protocols(protocol):
+            table = summarise(path, one, organs=organs, ignore=frozenset(ignore or []))
+            if table is not None:
+                tables.append(table)
+    if as_json:
+        typer.echo(json.dumps([asdict(table) for table in tables], indent=2))
+    elif plain:
+        typer.echo("".join(table.text() for table in tables), nl=False)
+    else:
+        _print_tables(tables)
+
+
+def _print_tables(tables: list[Table]) -> None:
+    from rich.console import Console
+    from rich.table import Table as Grid
+
+    console = Console(highlight=False)
+    for table in tables:
+        columns = ["grade"] if table.graded else ["ratio", "95 % interval", "first", "second"]
+        grid = Grid(title=f"{table.name}, {table.protocol}", title_justify="left")
+        grid.add_column("category")
+        for column in (
+            *columns,
+            *(["95 % interval"] if table.graded else []),
+            "reviews" if table.protocol == "llava" else "questions",
+        ):
+            grid.add_column(column, justify="right")
+        for row in table.rows:
+            numbers = (_number(row.second), _between(row.second_interval))
+            if not table.graded:
+                numbers = (_number(row.ratio), _between(row.ratio_interval), _number(row.first), _number(row.second))
+            grid.add_row(row.name, *numbers, f"{row.questions:,}")
+        console.print(grid)
+        for note in _table_notes(table):
+            console.print(f"note: {note}", soft_wrap=True, markup=False)
+
+
+def _table_notes(table: Table) -> list[str]:
+    notes = [f"{count} reviews can't be read: {reason}" for reason, count in sorted(table.unreadable.items())]
+    if table.left_out:
+        notes.append(f"{table.left_out} questions are in no mean because of that")
+    if (effect := table.order) is not None:
+        notes.append(
+            f"order: an answer gets {effect.advantage:+.2f} points of 10 for standing first (95 % interval "
+            f"{_between(effect.interval)}); another answer wins in the other order for {effect.changed} of "
+            f"{effect.questions} questions"
+        )
+    return [*notes, *table.notes]
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.1f}"
+
+
+def _between(found: Interval | None) -> str:
+    return "-" if found is None else f"{found[0]:.2f} - {found[1]:.2f}"

@@ -1,0 +1,1 @@
+"""A judge model's scores for answers, over any OpenAI-compatible endpoint: LLaVA's and Quilt-LLaVA's, and grading."""
