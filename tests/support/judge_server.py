@@ -28,6 +28,8 @@ class Says:
     """Seconds before anything is sent."""
     cut: int | None = None
     """So many bytes, then the connection is closed."""
+    silent: bool = False
+    """The connection is closed without a word."""
     drip: float = 0.0
     """Seconds between bytes."""
 
@@ -112,6 +114,9 @@ def judging(reply: Reply | list[Says] | Says) -> Iterator[JudgeServer]:
 
 def _say(handler: BaseHTTPRequestHandler, says: Says) -> None:
     time.sleep(says.delay)
+    if says.silent:
+        handler.close_connection = True
+        return
     data = says.text().encode()
     handler.send_response(says.status)
     handler.send_header("Content-Type", "application/json")

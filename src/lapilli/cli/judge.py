@@ -46,9 +46,7 @@ def judge(
     ] = None,
     context: Annotated[
         str | None,
-        typer.Option(
-            "--context", "-c", metavar="FILE", help="What stands for the pictures: captions, boxes, captions."
-        ),
+        typer.Option("--context", "-c", metavar="FILE", help="What the judge reads in place of the pictures."),
     ] = None,
     rules: Annotated[
         str | None,
@@ -116,6 +114,10 @@ def judge(
     items = _items(questions, answers or [], context, rules, task, data, files or [], style)
     asking = prompt.Asking(model, _temperature(temperature), max_tokens, limit_field, images)
     asked = prompt.requests(items, asking, both_orders)
+    if both_orders and all(item.graded for item in items):
+        raise RecipeError("--both-orders: grades are given to one answer at a time")
+    if images is not None and all(item.image is None for item in items):
+        raise RecipeError(f"--images {images}: no question names a picture")
     price = spending.choose_price(model, price_in, price_out, prices, max_cost is not None)
     settings = run.Settings(concurrency, requests_per_minute, price, max_cost, ask_again)
     store = Store(output)

@@ -47,7 +47,9 @@ def summary(
         str | None, typer.Option("--context", "-c", metavar="FILE", help="Quilt's contexts: adds means by organ.")
     ] = None,
     protocol: Annotated[str, typer.Option(help="llava (the original's arithmetic), official, or both.")] = "both",
-    plain: Annotated[bool, typer.Option("--plain", help="Print the original's lines alone.")] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Print the original's lines alone, by its arithmetic.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Print the original's table of reviews: ratio, first and second score for each category, with intervals."""
@@ -61,7 +63,7 @@ def summary(
     chosen = choose_files([*(reviews or []), *(files or [])], folder, version, select or [])
     tables: list[Table] = []
     for path in chosen:
-        for one in choose_protocols(protocol):
+        for one in choose_protocols("llava" if plain and protocol == "both" else protocol):
             table = summarise(path, one, organs=organs, ignore=frozenset(ignore or []))
             if table is not None:
                 tables.append(table)
@@ -78,9 +80,9 @@ def _print_tables(tables: list[Table]) -> None:
     from rich.table import Table as Grid
 
     console = Console(highlight=False)
-    for table in tables:
+    for names, table in _distinct(tables):
         columns = ["grade"] if table.graded else ["ratio", "95 % interval", "first", "second"]
-        grid = Grid(title=f"{table.name}, {table.protocol}", title_justify="left")
+        grid = Grid(title=f"{table.name}, {names}", title_justify="left")
         grid.add_column("category")
         for column in (
             *columns,
@@ -98,10 +100,23 @@ def _print_tables(tables: list[Table]) -> None:
             console.print(f"note: {note}", soft_wrap=True, markup=False)
 
 
+def _distinct(tables: list[Table]) -> list[tuple[str, Table]]:
+    """Tables with their protocols; a file's protocols that agree in everything share one."""
+    from dataclasses import replace
+
+    found: list[tuple[str, Table]] = []
+    for table in tables:
+        if found and replace(found[-1][1], protocol=table.protocol) == table:
+            found[-1] = (f"{found[-1][0]}, {table.protocol}", table)
+        else:
+            found.append((table.protocol, table))
+    return found
+
+
 def _table_notes(table: Table) -> list[str]:
     notes = [f"{count} reviews can't be read: {reason}" for reason, count in sorted(table.unreadable.items())]
     if table.left_out:
-        notes.append(f"{table.left_out} questions are in no mean because of that")
+        notes.append(f"{table.left_out} questions are in no mean")
     if (effect := table.order) is not None:
         notes.append(
             f"order: an answer gets {effect.advantage:+.2f} points of 10 for standing first (95 % interval "

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from tests.support.judge_server import Says, judging
+from typer.testing import CliRunner
 
 from lapilli.base.errors import DataError, RecipeError
+from lapilli.cli.main import app
 from lapilli.evaluate.judge.items import read_items, task_items
 from lapilli.evaluate.judge.prompt import Asking, body, content, requests
 from lapilli.evaluate.judge.rules import load_rules
@@ -107,3 +110,32 @@ def test_a_task_with_references_is_compared_or_graded(bench):
         task_items("mine", [Question("0", "Q")], bench.root / "a.jsonl", rules)
     with pytest.raises(DataError, match="without an answer"):
         task_items("mine", [own, Question("1", "Q", truth="x")], bench.root / "a.jsonl", rules)
+
+
+def test_the_benchmarks_that_are_judged_can_be_named(tmp_path, monkeypatch):
+    root = tmp_path / "llava-bench-in-the-wild"
+    (root / "images").mkdir(parents=True)
+    (tmp_path / "mm-vet" / "images").mkdir(parents=True)
+    question = {"question_id": 0, "image": "1.jpg", "text": "What?"}
+    (root / "questions.jsonl").write_text(json.dumps({**question, "category": "conv"}))
+    (root / "answers_gpt4.jsonl").write_text(json.dumps({"question_id": 0, "text": "Gold.", "answer_id": "g"}))
+    (root / "context.jsonl").write_text(json.dumps({"id": "1", "image": "1.jpg", "caption": ["A.", "B."]}))
+    (tmp_path / "mm-vet" / "llava-mm-vet.jsonl").write_text(json.dumps(question))
+    (tmp_path / "mm-vet" / "mm-vet.json").write_text(
+        json.dumps({"v1_0": {"imagename": "1.jpg", "question": "What?", "answer": "x<AND>y", "capability": ["ocr"]}})
+    )
+    (tmp_path / "answers.jsonl").write_text(json.dumps({"question_id": 0, "text": "Ours."}))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for task, said in (
+        ("llava-bench", "[Context]\nA.\nB.\n\n[Question]\nWhat?\n\n[Assistant 1]\nGold.\n\n[End of"),
+        ("mm-vet", "[Question]\nWhat?\n\n[Reference]\nx<AND>y\n\n[Assistant]\nOurs.\n\n[End of"),
+    ):
+        with judging(Says("0.5 ") if task == "mm-vet" else Says("8, 6")) as server:
+            arguments = ["--task", task, "--data", str(tmp_path), "-a", str(tmp_path / "answers.jsonl")]
+            out = tmp_path / task
+            run = CliRunner().invoke(app, ["judge", *arguments, "-o", str(out), "--url", server.url, "-m", "judge"])
+        assert run.exit_code == 0, run.output
+        assert said in server.contents()[0]
+        assert server.keys == [None]
+        table = CliRunner().invoke(app, ["judge", "summary", str(out), "--json", "--protocol", "official"])
+        assert json.loads(table.stdout)[0]["rows"][0]["second"] == {"llava-bench": 60.0, "mm-vet": 50.0}[task]

@@ -33,7 +33,8 @@ SHORTEST_SECRET = 8
 """Shorter keys ("EMPTY", "none") are fillers for servers that want any, and stand in ordinary texts."""
 
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
-_ENDPOINT_WRONG = frozenset({401, 402, 403, 404, 405})
+_ENDPOINT_WRONG = frozenset({401, 402, 404, 405})
+# 403 is not among them: routers answer so to a single prompt that their moderation flags.
 _NO_MONEY = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"})
 _SETTING = re.compile(r"max_tokens|max_completion_tokens|temperature|unsupported[_ ](?:parameter|value)|image_url")
 

@@ -105,12 +105,13 @@ class Store:
             atomic_write(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             self._reviews.__enter__()
 
-    def past_tokens(self) -> list[tuple[Mapping[str, int], bool]]:
-        """Tokens of every attempt so far, and whether it is in doubt that they were paid for."""
-        return [(line["tokens"], line["billed"] == "perhaps") for _, line in read_jsonl(self.replies_path)]
+    def past_attempts(self) -> list[tuple[Mapping[str, int], bool, int]]:
+        """Tokens of every attempt so far, whether it is in doubt that they were paid for, and the prompt's estimate."""
+        past = [line for _, line in read_jsonl(self.replies_path)]
+        return [(line["tokens"], line["billed"] == "perhaps", line["estimate"]) for line in past]
 
-    def keep(self, request: Request, attempt: Attempt, number: int, tokens: Mapping[str, int]) -> None:
-        """Write down an attempt; called from several threads."""
+    def keep(self, request: Request, attempt: Attempt, number: int, tokens: Mapping[str, int], read: int) -> None:
+        """Write down an attempt, `read` being its prompt's estimated tokens; called from several threads."""
         line = {
             "request": request.digest,
             "question_id": request.item.question_id,
@@ -123,6 +124,7 @@ class Store:
             "reason": attempt.reason,
             "billed": attempt.billed,
             "tokens": dict(tokens),
+            "estimate": read,
             "raw": attempt.raw,
         }
         with self._lock:

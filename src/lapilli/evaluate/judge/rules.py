@@ -54,6 +54,8 @@ def choose_rule(rules: Mapping[str, Rule], style: Style, category: str | None, w
         return rules[key]
     if style == "text" and "default" in rules:
         return rules["default"]
+    if category is None and style in ("visual", "bench"):
+        raise DataError(f'{where}: has no "category", which the rule is chosen by')
     raise DataError(f'{where}: no rule "{key}"{nearest(key, rules)}; the rules are: {", ".join(rules)}')
 
 

@@ -105,8 +105,8 @@ def judge(
             known = known.without(known.scoreless)
         store.settings(about)
         ledger = Ledger(settings.price, settings.max_cost)
-        for tokens, doubtful in store.past_tokens():
-            ledger.add(tokens, doubtful)
+        for tokens, doubtful, estimated in store.past_attempts():
+            ledger.add(tokens, doubtful, estimated)
         made = Judged(store.path, len(requests), sum(map(known.has, requests)))
         for request in requests:  # a killed run may have left a reply that it did not read
             if request.digest in known.replies and request.digest not in known.reviewed:
@@ -165,25 +165,25 @@ class _Run:
         self, left: deque[Request], running: dict[Future[Attempt], Request], pool: ThreadPoolExecutor
     ) -> None:
         while left and len(running) < self.settings.concurrency and self.made.ended is None:
-            if not self._hold(left[0]):
+            held = self._hold(left[0])
+            if held is None:
                 if not running:  # what is under way may turn out cheaper than it could
                     self._end(self._limit())
                     self.made.unasked += len(left)
                     left.clear()
                 return
             request = left.popleft()
-            running[pool.submit(self._one, request)] = request
+            running[pool.submit(self._one, request, held)] = request
 
-    def _one(self, request: Request) -> Attempt:
-        """Ask for one request, in a thread of its own; its first attempt's cost is held already."""
+    def _one(self, request: Request, held: float | None) -> Attempt:
+        """Ask for one request, in a thread of its own; what its first attempt may cost is held already."""
         read, sent = reads(request, self.asking), body(request.item, request.order, self.asking)
-        held = True
 
         def ask() -> Attempt:
             nonlocal held
-            if not held and not self._hold(request):
+            held = self._hold(request) if held is None else held
+            if held is None:
                 raise _CostError(self._limit())
-            held = True
             if not self.pace.turn():
                 raise _StoppedError("not asked")
             return self.endpoint.ask(sent)
@@ -191,10 +191,10 @@ class _Run:
         def heard(attempt: Attempt, number: int) -> None:
             nonlocal held
             tokens = tokens_of(attempt, read, self.asking.max_tokens)
-            self.store.keep(request, attempt, number, tokens)
-            self.ledger.add(tokens, attempt.billed == "perhaps")
-            self.ledger.release(read, self.asking.max_tokens)
-            held = False
+            self.store.keep(request, attempt, number, tokens, read)
+            self.ledger.add(tokens, attempt.billed == "perhaps", read)
+            self.ledger.release(held or 0.0)
+            held = None
 
         def rest(seconds: float, attempt: Attempt) -> None:
             with self.lock:
@@ -207,8 +207,7 @@ class _Run:
         try:
             return ask_patiently(ask, self.endpoint.patience, rest, heard, self.rng)
         finally:
-            if held:
-                self.ledger.release(read, self.asking.max_tokens)
+            self.ledger.release(held or 0.0)
 
     def _gather(self, request: Request, future: Future[Attempt]) -> None:
         try:
@@ -231,7 +230,7 @@ class _Run:
             self.made.answered += 1
             _note(self.made, self.store.review(request, attempt))
 
-    def _hold(self, request: Request) -> bool:
+    def _hold(self, request: Request) -> float | None:
         return self.ledger.hold(reads(request, self.asking), self.asking.max_tokens)
 
     def _end(self, why: str) -> None:

@@ -23,6 +23,8 @@ IMAGE_TOKENS = 1000
 """What a picture is taken for in estimates; endpoints count in their own ways."""
 MESSAGE_TOKENS = 8
 """What two messages take beside their text."""
+CAUTION = 1.25
+"""A cost limit takes a prompt's estimated tokens so many times, until a server's own counts say more."""
 TYPICAL_REPLY_TOKENS = 250
 """Two scores and a paragraph: GPT-4's on Quilt-LLaVA's 326 questions have about 210 on average."""
 
@@ -141,31 +143,37 @@ class Ledger:
         self.doubtful = 0
         """Attempts that may or may not have been paid for."""
         self._held = 0.0
+        self._worst = CAUTION
+        """What a server counted for a prompt over what was estimated, at worst."""
         self._lock = Lock()
 
-    def hold(self, read: int, most_written: int) -> bool:
-        """Set aside what a request may cost at most; False if the limit does not allow it."""
+    def hold(self, read: int, most_written: int) -> float | None:
+        """Set aside what a request may cost at most, and return it; None if the limit does not allow it.
+
+        `read` is an estimate: it is taken `CAUTION` times, or as many times as an estimate was short so far.
+        """
         if self.price is None or self.limit is None:
-            return True
-        most = self.price.of(read, most_written)
+            return 0.0
         with self._lock:
+            most = self.price.of(read * self._worst, most_written)
             if self._spent() + self._held + most > self.limit:
-                return False
+                return None
             self._held += most
-        return True
+        return most
 
-    def release(self, read: int, most_written: int) -> None:
+    def release(self, held: float) -> None:
         """Give back what `hold` set aside."""
-        if self.price is not None and self.limit is not None:
-            with self._lock:
-                self._held -= self.price.of(read, most_written)
+        with self._lock:
+            self._held -= held
 
-    def add(self, tokens: Mapping[str, int], doubtful: bool) -> None:
-        """Enter an attempt."""
+    def add(self, tokens: Mapping[str, int], doubtful: bool, estimated: int | None = None) -> None:
+        """Enter an attempt; `estimated` is what its prompt was taken for."""
         with self._lock:
             self.read += tokens["in"]
             self.written += tokens["out"]
             self.doubtful += doubtful
+            if estimated:
+                self._worst = max(self._worst, tokens["in"] / estimated)
 
     @property
     def spent(self) -> float | None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from lapilli.base.errors import DataError, RecipeError
 from lapilli.evaluate.judge.reading import Unreadable, read_grade, read_pair
-from lapilli.evaluate.judge.reviews import FAILED_FILE, side_folder
+from lapilli.evaluate.judge.reviews import FAILED_FILE, reviews_path, side_folder
 from lapilli.evaluate.records import examples, read_jsonl, read_records
 from lapilli.evaluate.records import field as checked_field
 from lapilli.evaluate.statistics import draws, interval
@@ -90,7 +90,9 @@ def choose_files(
     it. `version` 0613 takes files with 0613 in the name, any other those without.
     """
     if files:
-        chosen = [Path(folder or "", file).expanduser() for file in files]
+        chosen = [
+            reviews_path(file) if Path(file).is_dir() else Path(folder or "", file).expanduser() for file in files
+        ]
     elif folder is not None:
         root = Path(folder).expanduser()
         if not root.is_dir():
@@ -274,7 +276,7 @@ def _graded(path: Path, reviews: Sequence[_Review], notes: list[str]) -> Table:
     rows = []
     for name, values in sorted(groups.items()):
         array = np.array(values)
-        between = _interval(len(array), lambda chosen, array=array: float(array[chosen].mean()))
+        between = _middle(_resampled_means(array))
         rows.append(Row(name, len(values), None, None, round(float(array.mean()), 1), None, between))
     return Table(
         config_name(path), "official", rows, True, dict(unreadable), sum(unreadable.values()), None, tuple(notes)
@@ -297,28 +299,29 @@ def _names(category: str | None, name: str, organs: Mapping[str, str] | None) ->
 def _row(name: str, pairs: np.ndarray) -> Row:
     """A row from pairs (n, 2), rounded as the original does: means to three places, what comes of them to one."""
     first, second = (round(mean, 3) for mean in pairs.mean(0).tolist())
-    between = _interval(len(pairs), lambda chosen: _ratio(pairs[chosen].mean(0)))
-    seconds = _interval(len(pairs), lambda chosen: float(pairs[chosen, 1].mean()) * 10)
+    means = _resampled_means(pairs)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = means[:, 1] / means[:, 0] * 100
     return Row(
         name=name,
         questions=len(pairs),
         ratio=_finite(round(second / first * 100, 1)) if first else None,
         first=_finite(round(first * 10, 1)),
         second=_finite(round(second * 10, 1)),
-        ratio_interval=between,
-        second_interval=seconds,
+        ratio_interval=_middle(ratios),
+        second_interval=_middle(means[:, 1] * 10),
     )
 
 
-def _ratio(means: np.ndarray) -> float:
-    return float(means[1] / means[0] * 100) if means[0] else math.nan
+def _resampled_means(values: np.ndarray) -> np.ndarray:
+    """Means (k, ...) of the values (n, ...) of questions drawn with replacement; none of fewer than two questions."""
+    chosen = draws(len(values)) if len(values) > 1 else ()
+    return np.array([values[indices].mean(0) for indices in chosen]).reshape(-1, *values.shape[1:])
 
 
-def _interval(count: int, statistic: Any) -> Interval | None:
-    """The bootstrap interval over `count` questions; None for fewer than two, or no finite value."""
-    if count < 2:
-        return None
-    low, high = interval(np.array([statistic(chosen) for chosen in draws(count)]))
+def _middle(values: np.ndarray) -> Interval | None:
+    """Their 95 % interval, if there is a finite value."""
+    low, high = interval(values)
     return None if math.isnan(low) else (low, high)
 
 
@@ -331,7 +334,7 @@ def _order_effect(questions: Sequence[np.ndarray]) -> OrderEffect:
     scores = np.stack(questions)
     advantage = ((scores[:, 0, 0] - scores[:, 1, 0]) + (scores[:, 1, 1] - scores[:, 0, 1])) / 2
     better = np.sign(scores[:, :, 0] - scores[:, :, 1])
-    between = _interval(len(advantage), lambda chosen: float(advantage[chosen].mean()))
+    between = _middle(_resampled_means(advantage))
     return OrderEffect(len(scores), float(advantage.mean()), between, int((better[:, 0] != better[:, 1]).sum()))
 
 
