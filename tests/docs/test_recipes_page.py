@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel
 
-from lapilli.recipe.schema import Lora, Source, Stage
+from lapilli.recipe.schema import Evaluation, Lora, Source, Stage
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 
@@ -23,6 +23,7 @@ def test_keys_and_defaults():
     rows = re.findall(r"^\| `([a-z_.\[\]]+)` \| .*? \| (.*?) \| ", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     written = {key: yaml.safe_load(value) for key, value in rows}
     expected = dict(keys(Stage)) | dict(keys(Lora, "train.lora.")) | dict(keys(Source, "data.train[]."))
+    expected |= dict(keys(Evaluation, "train.evaluate[]."))
     assert set(written) == set(expected)
     for key, default in expected.items():
         value = written[key]

@@ -139,7 +139,7 @@ def _answer(
             def on_answer(question: Question, answer: Answer, text: str) -> None:
                 nonlocal last
                 now = time.monotonic()
-                metadata = _metadata(answer, now - last)
+                metadata = answer_metadata(answer, now - last)
                 last = now
                 written.add(answer_line(question, text, str(model["name"]), metadata))
                 show()
@@ -205,7 +205,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def _metadata(answer: Answer, seconds: float) -> dict[str, Any]:
+def answer_metadata(answer: Answer, seconds: float) -> dict[str, Any]:
+    """What an answers file keeps of how an answer was made."""
     made: dict[str, Any] = {
         "finish": answer.finish,
         "prompt_tokens": answer.prompt_tokens,

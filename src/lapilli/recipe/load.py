@@ -245,6 +245,11 @@ def _absolute_paths(stage: Tree) -> None:
             places += [here, (*here, "path"), (*here, "images")]
             if str(stage.get((*here, "template"))).endswith((".yaml", ".yml")):
                 places.append((*here, "template"))
+    followed = stage.get(("train", "evaluate"))
+    for i, one in enumerate(followed if isinstance(followed, list) else ()):
+        places.append(("train", "evaluate", i, "data"))
+        if isinstance(one, dict) and str(one.get("task")).endswith((".yaml", ".yml")):
+            places.append(("train", "evaluate", i, "task"))
     for path in dict.fromkeys(places):
         if (resolved := _absolute(stage, path)) is not None:
             stage.put(path, resolved, stage.origins[path])

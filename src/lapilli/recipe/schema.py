@@ -143,6 +143,19 @@ class Lora(Section):
     """Which biases train beside the adapters."""
 
 
+class Evaluation(Section):
+    """A task that is asked and scored while the model learns; see `lapilli tasks`."""
+
+    task: str
+    """Name of a task that lapilli knows, or a YAML file of your own."""
+    data: str | None = None
+    """The task's data folder, as `--data` of `lapilli evaluate`; null: beside the YAML file."""
+    every: Positive | None = None
+    """Steps between two evaluations; null: after the last step only. After the last step it always is."""
+    limit: Positive | None = None
+    """Ask only so many of the first questions; null: all."""
+
+
 class Train(Section):
     """What is learned, and how: every key here changes the result."""
 
@@ -190,6 +203,8 @@ class Train(Section):
     """`full` recomputes each layer of the trained parts in the backward pass: less memory, about a third slower."""
     validate_every: Positive | None = None
     """Steps between validation losses; null: at the end only, when `data.validation` is given."""
+    evaluate: tuple[Evaluation, ...] = ()
+    """Tasks whose scores, by the original's protocol, are followed in `metrics.jsonl` and the run's report."""
     save_every: Positive | None = None
     """Steps between checkpoints; null: at the end only."""
     keep_checkpoints: Positive = 1

@@ -13,6 +13,7 @@ from lapilli.assemble.skeleton import skeleton
 from lapilli.base.errors import RecipeError, RunError
 from lapilli.recipe.load import LoadedRecipe
 from lapilli.recipe.schema import Stage
+from lapilli.run.evaluation import follow
 from lapilli.train.folder import is_finished, open_folder
 from lapilli.train.reading import check_files, read_corpus, read_description, reading
 from lapilli.train.run import Outcome, train_stage
@@ -41,13 +42,20 @@ def run_recipe(
     waiting = [s for s in stages if not (several and resume == "auto" and is_finished(s))]
     if not waiting:
         raise RunError(f"{stages[-1].out}: all stages are finished; give another folder with out=...")
+    followed = {stage.name: follow(stage, say) for stage in waiting}
     check_later_stages(waiting, resume, say, stream, write_index=not dry_run)
     outcome = Outcome(0, 0)
     for stage in waiting[:1] if dry_run else waiting:
         if several:
             say(f"stage {stage.name}")
         outcome = train_stage(
-            stage, recipe.stage_origins(stage.name), resume=resume, dry_run=dry_run, say=say, stream=stream
+            stage,
+            recipe.stage_origins(stage.name),
+            resume=resume,
+            dry_run=dry_run,
+            say=say,
+            stream=stream,
+            evaluate=followed[stage.name],
         )
         if outcome.stopped_by:
             break

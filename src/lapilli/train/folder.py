@@ -4,6 +4,7 @@
     run.json        the facts that an interrupted run and its continuation must share, and what the run was made with
     left_out.jsonl  the records that were dropped or shortened, one object each; only if there are any
     metrics.jsonl   one object per optimiser step
+    evaluation/     answers and scores of the tasks that were followed, a folder per step
     checkpoints/    the state of the run
     model/          the trained model, written last: a folder with it is finished
     report.html     loss curves and totals
@@ -31,9 +32,12 @@ _UNTRAINED = {MANIFEST, LEFT_OUT, "index", "recipe.yaml"}
 `data.index` says so."""
 
 _FREE = {
-    "train": {"tokens_per_micro_batch", "gradient_checkpointing", "validate_every", "save_every", "keep_checkpoints"},
+    "train": {
+        "tokens_per_micro_batch", "gradient_checkpointing", "validate_every", "evaluate", "save_every",
+        "keep_checkpoints",
+    },
     "data": {"workers", "max_image_pixels", "max_image_bytes", "train", "validation", "images", "index"},
-}
+}  # fmt: skip
 """Keys that may differ when a run goes on. Data files are compared by what they hold, by the index's stamp."""
 
 

@@ -21,12 +21,28 @@ def loss_section(heading: str, rows: Sequence[dict[str, Any]]) -> Html:
     return section(heading, line_chart(curves))
 
 
+def evaluation_section(rows: Sequence[dict[str, Any]]) -> Html:
+    """The scores of every task that was followed, a chart each: their scales have nothing in common."""
+    tasks = dict.fromkeys(name for row in rows for name in row.get("evaluation", {}))
+    if not tasks:
+        return join()
+    charts: list[Html] = []
+    for name in tasks:
+        found = [(row["step"], row["evaluation"][name]) for row in rows if name in row.get("evaluation", {})]
+        points = [(step, score) for step, score in found if score is not None]
+        charts.append(line_chart({name: points}, y_label="score"))
+        if len(points) < len(found):
+            charts.append(tag("p", f"{name}: no score at {len(found) - len(points)} of {len(found)} evaluations"))
+    return section("Evaluation", *charts)
+
+
 def write_report(ready: Prepared, rows: Sequence[dict[str, Any]]) -> None:
     """Write the run's report from its metrics."""
     stage, index = ready.stage, ready.corpus.index
     seconds = sum(r["seconds"] for r in rows)
     tokens = sum(r["tokens"] for r in rows)
     held_out = [r["validation_loss"] for r in rows if "validation_loss" in r]
+    scores = {name: value for row in rows for name, value in row.get("evaluation", {}).items()}
     totals: list[tuple[str, object]] = [
         ("started from", stage.model),
         ("steps", ready.total_steps),
@@ -35,6 +51,7 @@ def write_report(ready: Prepared, rows: Sequence[dict[str, Any]]) -> None:
         ("supervised tokens", sum(r["supervised_tokens"] for r in rows)),
         ("first and last loss", f"{rows[0]['loss']:.4f}, {rows[-1]['loss']:.4f}"),
         *([("last validation loss", f"{held_out[-1]:.4f}")] if held_out else []),
+        *((f"last score, {name}", "-" if value is None else f"{value:.2f}") for name, value in scores.items()),
         ("time in steps", duration(seconds)),
         ("tokens per second", compact(tokens / seconds) if seconds else "-"),
         ("waiting for data", f"{sum(r['wait_seconds'] for r in rows) / seconds:.1%}" if seconds else "-"),
@@ -48,6 +65,7 @@ def write_report(ready: Prepared, rows: Sequence[dict[str, Any]]) -> None:
     content = page(
         f"lapilli: {stage.name}",
         loss_section("Loss", rows),
+        evaluation_section(rows),
         section("Learning rate", line_chart({"learning rate": _curve(rows, "learning_rate")}, y_label="learning rate")),
         section("Gradient norm", line_chart({"before clipping": _curve(rows, "grad_norm")}, y_label="gradient norm")),
         section("Totals", table(("", ""), [(tag("span", name), str(value)) for name, value in totals])),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -39,6 +39,10 @@ from lapilli.train.state import State, checkpoint_folder, load_tensors, prune, r
 from lapilli.train.step import train_step
 from lapilli.train.validate import validation_loss
 
+Evaluate = Callable[[Prepared, int, bool, Progress, Callable[[], bool]], dict[str, float | None]]
+"""(run, steps done, whether that was the last, where to say how far it is, whether to stop) to the scores of the tasks
+that were due, by name. It leaves the model as it found it; a task that is not due, or was stopped, has no score."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -57,12 +61,14 @@ def train_stage(
     dry_run: bool = False,
     say: Say = lambda _line: None,
     stream: TextIO | None = None,
+    evaluate: Evaluate | None = None,
 ) -> Outcome:
     """Train one stage and write its run folder.
 
     `origins` says where each value of the recipe came from. `resume`: `auto`, `never` or a checkpoint folder. With
     `dry_run` everything is checked and said, nothing written. Live lines go to `stream` (default: standard error).
-    Raises LapilliError for what can't be trained, before anything is written, and RunError for a non-finite loss.
+    `evaluate` is called after every step. Raises LapilliError for what can't be trained, before anything is written,
+    and RunError for a non-finite loss.
     """
     ready = prepare(stage, resume, say, stream, write_index=not dry_run)
     say(_plan(ready))
@@ -71,14 +77,16 @@ def train_stage(
     with only_writer(ready.folder.path, say):
         if open_folder(stage, resume) != ready.folder:
             raise RunError(f"{stage.out}: another process trained here in the meantime; give the command again")
-        return _train(ready, origins, say, stream)
+        return _train(ready, origins, say, stream, evaluate)
 
 
-def _train(ready: Prepared, origins: Mapping[str, str], say: Say, stream: TextIO | None) -> Outcome:
+def _train(
+    ready: Prepared, origins: Mapping[str, str], say: Say, stream: TextIO | None, evaluate: Evaluate | None
+) -> Outcome:
     facts = run_facts(ready.stage) | {"data": ready.corpus.index.stamp}
     done = _start(ready, origins, facts, say)
     with StopWish() as wish, MetricsFile(ready.folder.metrics, done) as metrics:
-        loop = _Loop(ready, metrics, facts, done)
+        loop = _Loop(ready, metrics, facts, done, evaluate)
         try:
             loop.run(wish, stream)
         except LapilliError:
@@ -160,8 +168,10 @@ def _noted(ready: Prepared, bad: BadRecord) -> tuple[str, str]:
 class _Loop:
     """The steps of a run. `done` counts them."""
 
-    def __init__(self, ready: Prepared, metrics: MetricsFile, facts: dict[str, Any], done: int) -> None:
-        self.ready, self.metrics, self.facts, self.done = ready, metrics, facts, done
+    def __init__(
+        self, ready: Prepared, metrics: MetricsFile, facts: dict[str, Any], done: int, evaluate: Evaluate | None
+    ) -> None:
+        self.ready, self.metrics, self.facts, self.done, self.evaluate = ready, metrics, facts, done, evaluate
         self.monitor = Monitor(ready.total_steps)
         self.saved = done
 
@@ -183,6 +193,9 @@ class _Loop:
                 if ready.validation is not None and (last or _due(self.done, train.validate_every)):
                     row["validation_loss"] = validation_loss(ready)
                     progress.write(f"step {self.done}  validation loss {row['validation_loss']:.4f}")
+                if self.evaluate is not None:
+                    scores = self.evaluate(ready, self.done, last, progress, lambda: wish.signal is not None)
+                    row |= {"evaluation": scores} if scores else {}
                 self.metrics.append(row)
                 progress.update(self.done, self.monitor.text())
                 if last or _due(self.done, train.save_every):
