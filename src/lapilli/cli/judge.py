@@ -184,6 +184,7 @@ def _temperature(text: str) -> float | None:
 def _key(name: str, url: str) -> str | None:
     """The key from the environment. Raises RecipeError, which never shows it."""
     import os
+    import re
     from urllib.parse import urlsplit
 
     from lapilli.base.errors import RecipeError
@@ -191,13 +192,18 @@ def _key(name: str, url: str) -> str | None:
 
     if name in ("", "none"):
         return None
+    if not re.fullmatch(r"[A-Za-z_]\w*", name):  # perhaps the key itself, so it is not repeated
+        raise RecipeError("--key-env: must be the name of an environment variable that holds the key")
     key = os.environ.get(name, "").strip()
     if not key:
         if is_loopback(urlsplit(url).hostname or ""):
             return None
-        raise RecipeError(f"--key-env {name}: the environment variable is not set; --key-env none sends no key")
+        raise RecipeError(
+            "--key-env: the environment variable that should hold the key is not set (default OPENAI_API_KEY); "
+            "--key-env none sends no key"
+        )
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise RecipeError(f"--key-env {name}: what the environment variable holds is no key (spaces or odd characters)")
+        raise RecipeError("--key-env: what the environment variable holds is no key (spaces or odd characters)")
     return key
 
 

@@ -41,6 +41,8 @@ def test_the_originals_reading_with_its_quirks(reply, scores):
         ("First I solve it: 3 + 4 = 7.\n\nBoth found 7.\n(9, 5)\nThe second left out a step.", (9, 5)),
         ("Let me think.\nScores: 9 5", (9, 5)),
         ("0 0", (0, 0)),
+        ("<think>\nMaybe 3 and 4?\n(1, 2)\n</think>\n\n8 7\nx", (8, 7)),
+        ("```\n8 7\n```", (8, 7)),
     ],
 )
 def test_scores_are_read_where_a_person_would(reply, scores):

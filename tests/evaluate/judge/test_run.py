@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -14,8 +15,10 @@ from email.utils import format_datetime
 import pytest
 from tests.evaluate.judge.conftest import QUICK
 from tests.support.judge_server import Says, error, judging
+from typer.testing import CliRunner
 
 from lapilli.base.errors import DataError, RecipeError
+from lapilli.cli.main import app
 from lapilli.evaluate.judge.endpoint import Endpoint
 from lapilli.evaluate.judge.prompt import Asking
 from lapilli.evaluate.judge.spending import Price, choose_price, count_tokens
@@ -44,39 +47,53 @@ def test_reviews_are_in_the_originals_form_and_every_reply_is_kept(bench):
     assert (made.read, made.written) == (300, 60)
 
 
-@pytest.mark.parametrize(
-    ("trouble", "reason"),
-    [
-        (error(429, "slow down"), "HTTP 429: slow down"),
-        (error(429, headers={"Retry-After": "0"}), "HTTP 429"),
-        (error(429, headers={"Retry-After": "soon"}), "HTTP 429"),
-        (error(500), "HTTP 500"),
-        (Says(status=502, body="<html>Bad gateway</html>"), "HTTP 502: <html>Bad gateway"),
-        (error(503), "HTTP 503"),
-        (error(529), "HTTP 529"),
-        (error(408), "HTTP 408"),
-        (Says(silent=True), "connection failed"),
-        (Says(cut=0), "connection failed"),
-        (Says(cut=40), "connection failed"),
-        (Says(body='{"choices": [{"mess'), "not JSON"),
-        (Says(body=""), "not JSON"),
-        (Says(body="[]"), "no chat completion"),
-        (Says(body='{"choices": []}'), "no chat completion"),
-        (Says(body='{"error": {"message": "overloaded"}}'), "overloaded"),
-        (Says(body='{"choices": [{"text": "8 7"}]}'), "no message"),
-        (Says(delay=0.6), "no answer within"),
-        (Says(drip=0.05), "not complete in time"),
-    ],
-)
-def test_what_passes_is_asked_again(bench, trouble, reason):
-    bench.make(1)
-    with judging([trouble, GOOD]) as server:
+PASSING = [
+    (error(429, "slow down"), "HTTP 429: slow down"),
+    (error(429, headers={"Retry-After": "0"}), "HTTP 429"),
+    (error(429, headers={"Retry-After": "soon"}), "HTTP 429"),
+    (error(500), "HTTP 500"),
+    (Says(status=502, body="<html>Bad gateway</html>"), "HTTP 502: <html>Bad gateway"),
+    (error(503), "HTTP 503"),
+    (error(529), "HTTP 529"),
+    (error(408), "HTTP 408"),
+    (Says(silent=True), "connection failed"),
+    (Says(cut=0), "connection failed"),
+    (Says(cut=40), "connection failed"),
+    (Says(body='{"choices": [{"mess'), "not JSON"),
+    (Says(body=""), "not JSON"),
+    (Says(body="[" * 100_000), "not JSON"),
+    (Says(body="[]"), "no chat completion"),
+    (Says(body='{"choices": []}'), "no chat completion"),
+    (Says(body='{"error": {"message": "overloaded"}}'), "overloaded"),
+    (Says(body='{"choices": [{"text": "8 7"}]}'), "no message"),
+    (Says(delay=0.6), "no answer within"),
+    (Says(drip=0.05), "not complete in time"),
+]
+"""Troubles that pass, and what is written down of them."""
+
+
+def test_what_passes_is_asked_again(bench):
+    bench.make(len(PASSING))
+    said = [says for trouble, _ in PASSING for says in (trouble, GOOD)]
+    with judging(said) as server:
         made = bench.run(server, patience=replace(QUICK, timeout_seconds=0.4))
-    assert (made.answered, made.retries) == (1, 1)
-    first, second = bench.replies()
-    assert reason in first["reason"]
-    assert (first["outcome"], second["outcome"]) == ("again", "answered")
-    assert bench.reviews()[0]["metadata"]["scores"] == [7, 9]
+    assert (made.answered, made.retries, made.failed) == (len(PASSING), len(PASSING), [])
+    replies = bench.replies()
+    assert [reply["outcome"] for reply in replies] == ["again", "answered"] * len(PASSING)
+    for reply, (_, reason) in zip(replies[::2], PASSING, strict=True):
+        assert reason in reply["reason"]
+    assert all(review["metadata"]["scores"] == [7, 9] for review in bench.reviews())
+
+
+def test_half_a_surrogate_pair_is_sent_and_received(bench):
+    bench.make(1)
+    bench.write("ours.jsonl", [{"question_id": 0, "text": "half \ud83d"}])
+    with judging(Says("8 7\n\ud83d")) as server:
+        made = bench.run(server)
+        assert bench.run(server).answered == 0
+    assert made.answered == 1
+    assert "half \ud83d" in server.contents()[0]
+    assert bench.reviews()[0]["content"] == "8 7\n?"
 
 
 def test_attempts_are_bounded_and_the_next_run_asks_again(bench):
@@ -149,31 +166,31 @@ def test_a_server_that_is_gone_is_not_asked_for_ever(bench):
     assert made.unasked == 15
 
 
-@pytest.mark.parametrize(
-    ("says", "reason"),
-    [
-        (Says(""), "empty reply"),
-        (Says(None), "empty reply"),
-        (Says(None, finish="content_filter"), "refused by the judge"),
-        (Says("", refusal="I can't"), "refused by the judge"),
-        (Says("Let me", finish="length"), "no two scores, cut by the token limit"),
-        (Says("Both are good."), "no two scores"),
-        (Says("95 80"), "scores outside 0 to 10"),
-    ],
-)
-def test_replies_without_scores_are_counted_and_in_no_mean(bench, says, reason):
-    with judging(lambda body, number: says if "What is it, 0?" in str(body) else GOOD) as server:
+SCORELESS = [
+    (Says(""), "empty reply"),
+    (Says(None), "empty reply"),
+    (Says(None, finish="content_filter"), "refused by the judge"),
+    (Says("", refusal="I can't"), "refused by the judge"),
+    (Says("Let me", finish="length"), "no two scores, cut by the token limit"),
+    (Says("Both are good."), "no two scores"),
+    (Says("95 80"), "scores outside 0 to 10"),
+]
+"""Replies without scores, and why."""
+
+
+def test_replies_without_scores_are_counted_and_in_no_mean(bench):
+    bench.make(len(SCORELESS) + 2)
+    with judging([*(says for says, _ in SCORELESS), GOOD]) as server:
         made = bench.run(server)
-        assert len(server.asked) == 3
-    assert dict(made.unreadable) == {reason: 1}
+        assert len(server.asked) == len(SCORELESS) + 2  # a reply is a reply: none is asked for again
+    reasons = dict(Counter(reason for _, reason in SCORELESS))
+    assert dict(made.unreadable) == reasons
     table = summarise(made.path, "official")
     rows = {row.name: (row.first, row.second, row.questions) for row in table.rows}
     assert rows["all"] == (70.0, 90.0, 2)
-    assert (table.unreadable, table.left_out) == ({reason: 1}, 1)
-    if says.content != "95 80":
-        original = {row.name: row.first for row in summarise(made.path, "llava").rows}
-        assert original["all"] == round((7 + 7 - 1) / 3 * 10, 1)
-        assert original["llava_bench_conv"] == -10.0
+    assert (table.unreadable, table.left_out) == (reasons, len(SCORELESS))
+    original = {row.name: row.first for row in summarise(made.path, "llava").rows}
+    assert original["all"] == round(round((7 + 7 + 95 - 6) / 9, 3) * 10, 1)
 
 
 def test_what_was_unreadable_is_asked_again_only_on_demand(bench):
@@ -311,6 +328,25 @@ def test_addresses_that_would_show_the_key_are_refused():
             Endpoint(url, KEY)
         assert KEY not in str(caught.value)
     assert KEY not in repr(Endpoint("https://example.com/v1", KEY))
+
+
+def test_a_key_that_is_missing_or_no_key_is_not_shown(bench, monkeypatch):
+    arguments = ["judge", "-q", str(bench.root / "q.jsonl"), "-o", str(bench.root / "out.jsonl")]
+    arguments += ["-a", str(bench.root / "ref.jsonl"), str(bench.root / "ours.jsonl"), "--style", "text", "-r"]
+    arguments.append(str(bench.root / "rule.json"))
+    (bench.root / "rule.json").write_text('{"default": {"role": "Assistant", "prompt": "Rate."}}')
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY} twice")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    for more, said in (
+        (["--key-env", KEY], "must be the name"),
+        (["--key-env", "NOT_SET"], "is not set"),
+        ([], "is no key"),
+    ):
+        told = CliRunner().invoke(app, [*arguments, *more])
+        assert isinstance(told.exception, RecipeError)
+        assert said in str(told.exception)
+        assert KEY not in str(told.exception) + told.output
+    assert not (bench.root / "out.jsonl").exists()
 
 
 def _command(bench, server, *more):

@@ -99,7 +99,7 @@ class Endpoint:
         import httpx
 
         wait = httpx.Timeout(self.patience.timeout_seconds, connect=min(20.0, self.patience.timeout_seconds))
-        headers = {"User-Agent": "lapilli", "Accept": "application/json"}
+        headers = {"User-Agent": "lapilli", "Accept": "application/json", "Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         self._client = httpx.Client(
@@ -122,8 +122,9 @@ class Endpoint:
         if self._client is None:
             raise RuntimeError("use an Endpoint in a `with` statement")
         start = time.monotonic()
+        sent = json.dumps(body).encode()  # ASCII, so that half a surrogate pair in a question can be sent too
         try:
-            with self._client.stream("POST", f"{self.url}/chat/completions", json=body) as response:
+            with self._client.stream("POST", f"{self.url}/chat/completions", content=sent) as response:
                 raw, cut = _read(response, start + self.patience.timeout_seconds)
                 made = self._judge(response, self.hide(raw), cut)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError) as error:
@@ -240,7 +241,7 @@ def read_reply(raw: str, status: int | None = 200) -> Attempt:
     """A reply of status 200: an answer only if it has the form of one. What has not, may have been paid for."""
     try:
         value = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return Attempt("again", "the reply is not JSON", "perhaps", status, raw)
     choices = value.get("choices") if isinstance(value, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
@@ -265,11 +266,10 @@ def read_reply(raw: str, status: int | None = 200) -> Attempt:
 
 def _text(value: Any) -> str:
     """A message's content: a text, or a list of parts with texts; nothing for anything else."""
-    if isinstance(value, str):
-        return value
     if isinstance(value, list):
-        return "".join(part["text"] for part in value if isinstance(part, dict) and isinstance(part.get("text"), str))
-    return ""
+        value = "".join(part["text"] for part in value if isinstance(part, dict) and isinstance(part.get("text"), str))
+    # Half a surrogate pair is valid JSON and no valid UTF-8.
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
 
 
 def _usage(value: Any) -> dict[str, int]:
@@ -282,7 +282,7 @@ def _usage(value: Any) -> dict[str, int]:
 def _error(raw: str) -> Mapping[str, Any]:
     try:
         value = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     error = value.get("error", value) if isinstance(value, dict) else {}
     return error if isinstance(error, dict) else {"message": error}

@@ -88,7 +88,7 @@ def requests(items: Sequence[Item], asking: Asking, both_orders: bool) -> list[R
     for item in items:
         orders: tuple[Order, ...] = ("12", "21") if both_orders and not item.graded else ("12",)
         for order in orders:
-            written = json.dumps(body(item, order, asking), sort_keys=True, ensure_ascii=False)
+            written = json.dumps(body(item, order, asking), sort_keys=True)
             made.append(Request(item, order, hashlib.sha256(written.encode()).hexdigest()[:32]))
     return made
 

@@ -18,6 +18,7 @@ _SCORE_WORD = re.compile(r"\b(?:scores?|ratings?|points?|pts)\b", re.IGNORECASE)
 _FILLER = re.compile(
     r"\b(?:scores?|ratings?|points?|pts|overall|final|for|and|is|are|the|of|to|vs|respectively)\b", re.IGNORECASE
 )
+_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _MARKS = re.compile(r"[\s,;:|()\[\]{}*_`#=&.>\-\u2013\u2014\u2212\"']*")
 
 
@@ -49,7 +50,7 @@ def read_pair(reply: str) -> tuple[float, float] | Unreadable:
     Assistant 2: 7`), in the first two lines with a label each, or, in a reply that reasons first, in lines that hold
     nothing but two scores; these must then all say the same.
     """
-    lines = [line.strip() for line in reply.splitlines() if line.strip()]
+    lines = _lines(reply)
     if not lines:
         return Unreadable("empty reply")
     found = _line_pair(lines[0], alone=True)
@@ -69,14 +70,20 @@ def read_pair(reply: str) -> tuple[float, float] | Unreadable:
 
 def read_grade(reply: str) -> float | Unreadable:
     """One score from 0 to 1: the only number in the first line that is not empty."""
-    line = next((line for line in reply.splitlines() if line.strip()), "")
-    if not line:
+    lines = _lines(reply)
+    if not lines:
         return Unreadable("empty reply")
+    line = lines[0]
     numbers = _NUMBER.findall(line)
     if len(numbers) != 1 or not _only_filler(_NUMBER.sub(" ", line)):
         return Unreadable("no single score in the first line")
     score = float(numbers[0].replace("\u2212", "-"))
     return score if 0.0 <= score <= 1.0 else Unreadable("a score outside 0 to 1")
+
+
+def _lines(reply: str) -> list[str]:
+    """Lines with a letter or digit in them, behind the thoughts that a model may have written down first."""
+    return [line.strip() for line in _THOUGHTS.sub("", reply).splitlines() if any(map(str.isalnum, line))]
 
 
 def _line_pair(line: str, alone: bool) -> tuple[float, float] | None:

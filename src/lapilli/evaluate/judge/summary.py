@@ -315,8 +315,10 @@ def _row(name: str, pairs: np.ndarray) -> Row:
 
 def _resampled_means(values: np.ndarray) -> np.ndarray:
     """Means (k, ...) of the values (n, ...) of questions drawn with replacement; none of fewer than two questions."""
-    chosen = draws(len(values)) if len(values) > 1 else ()
-    return np.array([values[indices].mean(0) for indices in chosen]).reshape(-1, *values.shape[1:])
+    if len(values) < 2:
+        return np.empty((0, *values.shape[1:]))
+    chosen = np.stack(list(draws(len(values))))
+    return np.concatenate([values[some].mean(1) for some in np.array_split(chosen, 20)])
 
 
 def _middle(values: np.ndarray) -> Interval | None:
