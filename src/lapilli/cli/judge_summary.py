@@ -131,4 +131,4 @@ def _number(value: float | None) -> str:
 
 
 def _between(found: Interval | None) -> str:
-    return "-" if found is None else f"{found[0]:.2f} - {found[1]:.2f}"
+    return "-" if found is None else f"{found[0]:.2f} to {found[1]:.2f}"

@@ -141,6 +141,8 @@ class _Run:
 
     def all(self, todo: Sequence[Request]) -> None:
         """Ask everything, this thread handing out and gathering."""
+        if not todo:
+            return
         left, running = deque(todo), dict[Future[Attempt], Request]()
         pool = ThreadPoolExecutor(self.settings.concurrency, thread_name_prefix="judge")
         try:
