@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.support.tiny import make_picture
+from tests.support.tiny import build_tiny, make_picture
 from transformers import (
     Gemma2Config,
     GPT2Config,
@@ -15,6 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
+import lapilli
 from lapilli.generate.decoding import Decoding
 from lapilli.generate.slots_probe import why_not_slots
 
@@ -132,6 +133,12 @@ def test_a_small_memory_means_fewer_answers_at_a_time_and_the_same_answers(tiny,
     expected = tiny.generate_batch(chats, max_new_tokens=4)
     monkeypatch.setitem(tiny.engine.__dict__, "budget_tokens", 150)
     assert tiny.generate_batch(chats, max_new_tokens=4) == expected
+
+
+def test_a_vocabulary_without_an_image_token_needs_none(tmp_path, pictures):
+    model = lapilli.load(build_tiny(tmp_path / "kept", keep_vocabulary=True))
+    assert model.engine.never[0] >= model.model.get_output_embeddings().weight.shape[0]
+    assert model.generate("What is it?", pictures[:1], max_new_tokens=3)
 
 
 def test_thoughts_are_kept_apart():

@@ -59,7 +59,9 @@ class Scheduler:
     ) -> None:
         self.model, self.image_spec = model, image_spec
         self.slots, self.budget_tokens = slots, budget_tokens
-        self._never = torch.tensor([i for i in never if i < model.get_output_embeddings().weight.shape[0]])  # type: ignore[union-attr]
+        rows = model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr]
+        # The image token has no row where a vocabulary was kept as it was.
+        self._never = torch.tensor([i for i in never if i < rows], dtype=torch.long)
         self.calls = {"prefix": 0, "prompt": 0, "token": 0}
         """Calls of the language model by kind, and `pictures` encoded: what a test or a curious user counts."""
         self.pictures = 0
