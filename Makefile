@@ -10,6 +10,8 @@ SHELL := /bin/bash
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+# Installed without what it asks for (torchvision, OpenCV, a build of torch for CUDA): our extra `lmms` has what it needs.
+LMMS_EVAL ?= lmms-eval==0.7.3
 OUT ?= quickstart-run
 # The first interpreter that runs and is new enough; asked only when the environment has to be made.
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
@@ -43,6 +45,7 @@ $(VENV)/.quickstart: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps "$(LMMS_EVAL)"
 	@touch $@ $(VENV)/.quickstart
 
 venv: $(VENV)/.quickstart
