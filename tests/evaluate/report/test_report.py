@@ -9,10 +9,16 @@ from html.parser import HTMLParser
 import pytest
 from tests.evaluate.conftest import SAYS
 from tests.evaluate.report.conftest import HOSTILE
+from tests.evaluate.test_mmbench import row
+from tests.evaluate.test_mmbench import write as mmbench_file
+from tests.support.tiny import make_picture
 
 from lapilli.base.errors import DataError
+from lapilli.evaluate.answers import answer_line
+from lapilli.evaluate.catalogue import load_task
+from lapilli.evaluate.job import open_job
 from lapilli.evaluate.report.choose import choose
-from lapilli.evaluate.report.gather import gather
+from lapilli.evaluate.report.gather import gather, shown_truth
 from lapilli.evaluate.report.write import write_report
 from lapilli.evaluate.run import score
 from lapilli.evaluate.task import Question
@@ -124,8 +130,6 @@ def test_a_limit_takes_of_each_kind_alike_and_of_every_group(folder, tmp_path):
 
 def test_protocols_that_differ_have_rows_and_scores_of_their_own(folder, tmp_path):
     keys = {"protocols": {"official": {"ignore_case": False}}}
-    from lapilli.evaluate.job import open_job
-
     job = open_job(folder.task(**keys), folder.root, ("llava", "official"))
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps({"question_id": i, "text": SAYS}) + "\n" for i in range(12)))
@@ -151,6 +155,25 @@ def test_without_its_files_a_task_shows_its_answers_and_says_so(outs, folder, tm
     assert len(task["shown"]) == 12
     assert {case["expected"] for case in task["shown"]} == {""}
     assert task["shown"][0]["replies"][0]["text"] == SAYS
+
+
+def test_the_rounds_of_a_question_stand_with_it_and_pictures_inside_data_files_are_shown(tmp_path):
+    files = [make_picture(tmp_path / f"{seed}.png", seed=seed).read_bytes() for seed in range(2)]
+    rows = [row(i, base64.b64encode(files[i % 2]).decode(), answer="AB"[i % 2]) for i in range(4)]
+    job = open_job(load_task("mmbench-circular"), mmbench_file(tmp_path / "d", rows), ["llava"])
+    lines = [answer_line(q, "A" if q.id.startswith("3") else q.truth, "m", {}) for q in job.questions]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    score(job, [file], tmp_path / "a", name="a")
+    write_report([tmp_path / "a"], json=tmp_path / "r.json", html=tmp_path / "r.html")
+    (task,) = json.loads((tmp_path / "r.json").read_text())["tasks"]
+    assert task["questions"] == {"wrong": 1, "right": 3}
+    assert task["shown"][0]["replies"][0]["text"].splitlines() == [
+        "A",
+        "asked again: A (expected: A. two dogs)",
+        "asked again: A (expected: C. two dogs)",
+    ]
+    assert len(Page((tmp_path / "r.html").read_text()).loads) == 4
 
 
 def test_missing_and_unscored_answers_are_said(folder, tmp_path):
@@ -185,6 +208,4 @@ def test_models_of_one_name_are_told_apart_and_a_folder_counts_once(outs, folder
     ],
 )
 def test_the_right_answer_is_shown_in_words(truth, choices, said):
-    from lapilli.evaluate.report.gather import shown_truth
-
     assert shown_truth(Question("1", "?", truth=truth, choices=choices)) == said

@@ -60,8 +60,8 @@ class Chosen:
 
 
 def choose(task: Gathered, limit: int) -> Chosen:
-    """At most `limit` questions of a task that were asked and have a score or an answer."""
-    cases = [_case(task, question) for question in _asked(task)]
+    """At most `limit` questions of a task: those that have a score; where none has, those that have an answer."""
+    cases = [_case(task, task.questions[name], rounds) for name, rounds in _asked(task).items()]
     strata = {name: [case for case in cases if case.stratum == name] for name in STRATA}
     found = {name: len(own) for name, own in strata.items() if own}
     room = _share([len(strata[name]) for name in found], limit)
@@ -72,16 +72,33 @@ def choose(task: Gathered, limit: int) -> Chosen:
     return Chosen(tuple(taken), dict(zip(found, room, strict=True)), found)
 
 
-def _asked(task: Gathered) -> list[Question]:
-    """Questions that stand for themselves: where some have scores (rounds of one question share one), only those."""
-    scored = {name for entry in task.entries for items in entry.items.values() for name in items}
+def _asked(task: Gathered) -> dict[str, list[Question]]:
+    """Questions that stand for themselves, with those that count as part of them.
+
+    Where a question is asked in several rounds (MMBench's rotations), one has the score and the others belong to it.
+    """
+    scored = {
+        name
+        for entry in task.entries
+        for items in entry.items.values()
+        for name, item in items.items()
+        if item.score is not None
+    }
     missing = {name for entry in task.entries for name in entry.missing}
-    known = scored | missing if scored else {name for entry in task.entries for name in entry.answers} | missing
-    return [question for name, question in task.questions.items() if name in known]
+    answered = {name for entry in task.entries for name in entry.answers}
+    known = (scored or answered) | missing
+    made = {name: [] for name in task.questions if name in known}
+    first = {str(task.questions[name].record.get("question_id", name)): name for name in reversed(made)}
+    for name, question in task.questions.items():
+        round_id = question.record.get("answer_fields", {}).get("round_id")
+        whole = None if round_id is None else first.get(str(question.record.get("question_id", name)))
+        if name not in made and whole is not None:
+            made[whole].append(question)
+    return made
 
 
-def _case(task: Gathered, question: Question) -> Case:
-    replies = tuple(_reply(entry, question) for entry in task.entries)
+def _case(task: Gathered, question: Question, rounds: Sequence[Question]) -> Case:
+    replies = tuple(_reply(entry, question, rounds) for entry in task.entries)
     verdicts = {reply.verdict for reply in replies}
     return Case(
         task=task.name,
@@ -96,13 +113,18 @@ def _case(task: Gathered, question: Question) -> Case:
     )
 
 
-def _reply(entry: Entry, question: Question) -> Reply:
+def _reply(entry: Entry, question: Question, rounds: Sequence[Question]) -> Reply:
     line = entry.answers.get(question.id)
     found = {p: items[question.id] for p, items in entry.items.items() if question.id in items}
     scores = {protocol: float(item.score) for protocol, item in found.items() if item.score is not None}
+    more = [
+        f"\nasked again: {entry.answers[other.id].text} (expected: {shown_truth(other)})"
+        for other in rounds
+        if other.id in entry.answers
+    ]
     return Reply(
         model=entry.model,
-        text=None if line is None else line.text,
+        text=None if line is None else line.text + "".join(more),
         verdict=_verdict(next(iter(scores.values()), None), line is not None),
         scores=scores,
         parsed={protocol: item.parsed for protocol, item in found.items() if item.parsed is not None},
