@@ -68,7 +68,9 @@ restore();
 """
 
 
-def render(tasks: Sequence[Gathered], chosen: Sequence[Chosen], thumbnails: Thumbnails) -> str:
+def render(
+    tasks: Sequence[Gathered], chosen: Sequence[Chosen], differences: Sequence[Grid | None], thumbnails: Thumbnails
+) -> str:
     """The whole page."""
     models = models_of(tasks)
     cards = [
@@ -81,7 +83,7 @@ def render(tasks: Sequence[Gathered], chosen: Sequence[Chosen], thumbnails: Thum
         section("Scores", _table(tables.summary(tasks))),
         section("Questions", _table(tables.counts(tasks))),
         section("Notes", _listed(known)) if known else "",
-        *(_task_section(task) for task in tasks),
+        *(_task_section(task, difference) for task, difference in zip(tasks, differences, strict=True)),
         section("Answers", _listed(said), _filters(tasks, chosen, models) if cards else "", *cards),
         lead="95 % intervals are of questions drawn with replacement.",
         style=_STYLE,
@@ -109,9 +111,9 @@ def _table(grid: Grid) -> Html:
     return table(grid.header, grid.rows)
 
 
-def _task_section(task: Gathered) -> Html:
+def _task_section(task: Gathered, difference: Grid | None) -> Html:
     parts: list[Html] = []
-    for grid in (*tables.values(task), tables.differences(task), *tables.groups(task)):
+    for grid in (*tables.values(task), difference, *tables.groups(task)):
         if grid is None:
             continue
         body = _table(grid)

@@ -14,14 +14,14 @@ from lapilli.evaluate.report.words import answer_text, cut, limits, notes, read_
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#])")
 
 
-def to_markdown(tasks: Sequence[Gathered], chosen: Sequence[Chosen]) -> str:
+def to_markdown(tasks: Sequence[Gathered], chosen: Sequence[Chosen], differences: Sequence[Grid | None]) -> str:
     """The tables, and the chosen questions with every model's answer."""
     parts = ["# Evaluation", _grid(tables.summary(tasks)), _grid(tables.counts(tasks))]
     known = [f"- {_plain(line)}" for line in notes(tasks)]
     parts += ["## Notes", "\n".join(known)] if known else []
-    for task, own in zip(tasks, chosen, strict=True):
+    for task, own, difference in zip(tasks, chosen, differences, strict=True):
         parts.append(f"## {_plain(task.title)}")
-        for grid in (*tables.values(task), tables.differences(task), *tables.groups(task)):
+        for grid in (*tables.values(task), difference, *tables.groups(task)):
             if grid is not None:
                 parts += [f"### {_plain(grid.title)}", _grid(grid)]
         parts += ["### Answers", "\n".join(f"- {_plain(line)}" for line in limits([task], [own]))]

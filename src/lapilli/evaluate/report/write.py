@@ -47,16 +47,17 @@ def write_report(
     """
     tasks = gather(outs)
     chosen = [choose(task, shown) for task in tasks]
+    differences = [tables.differences(task) for task in tasks]
     thumbnails = Thumbnails(max_bytes)
     files: list[Path] = []
     if html is not None:
-        atomic_write(html, render(tasks, chosen, thumbnails))
+        atomic_write(html, render(tasks, chosen, differences, thumbnails))
         files.append(Path(html))
     if markdown is not None:
-        atomic_write(markdown, to_markdown(tasks, chosen))
+        atomic_write(markdown, to_markdown(tasks, chosen, differences))
         files.append(Path(markdown))
     if json is not None:
-        write_json(json, to_json(tasks, chosen))
+        write_json(json, to_json(tasks, chosen, differences))
         files.append(Path(json))
     notes = limits(tasks, chosen)
     if thumbnails.over:
@@ -65,7 +66,7 @@ def write_report(
     return Written(tuple(files), tuple(notes))
 
 
-def to_json(tasks: Sequence[Gathered], chosen: Sequence[Chosen]) -> dict[str, Any]:
+def to_json(tasks: Sequence[Gathered], chosen: Sequence[Chosen], differences: Sequence[Grid | None]) -> dict[str, Any]:
     """Everything of a report as JSON values; pictures as their paths, no text cut."""
     return {
         "models": models_of(tasks),
@@ -74,12 +75,12 @@ def to_json(tasks: Sequence[Gathered], chosen: Sequence[Chosen]) -> dict[str, An
                 "task": task.name,
                 "title": task.title,
                 "results": {entry.model: entry.results.model_dump(mode="json") for entry in task.entries},
-                "differences": _records(tables.differences(task)),
+                "differences": _records(difference),
                 "notes": list(task.notes),
                 "questions": own.found,
                 "shown": [_case(case) for case in own.cases],
             }
-            for task, own in zip(tasks, chosen, strict=True)
+            for task, own, difference in zip(tasks, chosen, differences, strict=True)
         ],
     }
 
