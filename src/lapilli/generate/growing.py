@@ -5,7 +5,7 @@ Slots and padded batches alike hand it the scores of each place and then the tok
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -37,6 +37,11 @@ class Growing:
     @property
     def ended(self) -> bool:
         return self.finish is not None
+
+    @property
+    def logprobs(self) -> Sequence[TokenLogprob]:
+        """One for each token so far, if they were asked for."""
+        return self._logprobs
 
     def choose(self, scores: torch.Tensor) -> int | None:
         """The next token from scores (V,); None for the likeliest one."""

@@ -9,7 +9,7 @@ interface, finds in the `Step` that it is handed which keys each token sees; wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,6 +113,14 @@ class Step:
     prefix: Prefix | None = None
     layer: int = 0
     """The layer that attends next; counted here, since models number their layers in different ways."""
+    masks: dict[Any, Any] = field(default_factory=dict)
+    """What is the same in every layer, made by the first one: by its kind and the layer's window."""
+
+    def once(self, kind: str, window: int | None, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once for all layers of the same window."""
+        if (kind, window) not in self.masks:
+            self.masks[kind, window] = make()
+        return self.masks[kind, window]
 
 
 @dataclass(frozen=True)
@@ -181,13 +189,9 @@ def _rests(
         values[row, :, : v.shape[2]] = v[0]
     prefix = step.prefix
     if prefix is not None and len(step.rows) > 1 and sum(step.counts) < _BLOCK_TOKENS * len(step.rows):
-        own = torch.block_diag(*[torch.ones(n, n, dtype=torch.bool).tril() for n in step.counts]).to(query.device)
-        positions = torch.cat([torch.arange(n) for n in step.counts]).to(query.device)
-        ages = torch.cat([torch.arange(prefix.length, 0, -1, device=query.device) + positions[:, None],
-                          positions[:, None] - positions[None, :]], dim=1)  # fmt: skip
-        mask = torch.cat([own.new_ones(len(own), prefix.length), own], dim=1)
-        if form.window is not None:
-            mask &= ages < form.window
+        mask = step.once(
+            "rests", form.window, lambda: _rests_mask(step.counts, prefix.length, form.window, query.device)
+        )
         return _masked(query, _behind(prefix.keys[layer], key), _behind(prefix.values[layer], value), mask, form)
     if prefix is None:
         outs = [_attend(q, k, v, 0, form) for q, k, v in zip(*parts, strict=True)]
@@ -198,6 +202,17 @@ def _rests(
             for q, k, v in zip(*parts, strict=True)
         ]
     return torch.cat(outs, dim=2)
+
+
+def _rests_mask(counts: Sequence[int], shared: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """(T, shared + T) bool: each text sees the common beginning and what of it stands before."""
+    own = torch.block_diag(*[torch.ones(n, n, dtype=torch.bool).tril() for n in counts])
+    mask = torch.cat([own.new_ones(len(own), shared), own], dim=1)
+    if window is not None:
+        positions = torch.cat([torch.arange(n) for n in counts])[:, None]
+        ages = torch.cat([torch.arange(shared, 0, -1) + positions, positions - positions.T], dim=1)
+        mask &= ages < window
+    return mask.to(device)
 
 
 def _behind(prefix: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -239,28 +254,45 @@ def _next(
     cache = step.cache
     active, longest = cache.active, max(cache.lengths) + 1
     keys, values = cache.room(layer, key, longest)
-    places = torch.tensor(cache.lengths, device=key.device)
-    numbers = torch.arange(active, device=key.device)
+    places = step.once("places", None, lambda: torch.tensor(cache.lengths, device=key.device))
+    numbers = step.once("numbers", None, lambda: torch.arange(active, device=key.device))
     keys[numbers, :, places] = key[0].transpose(0, 1)
     values[numbers, :, places] = value[0].transpose(0, 1)
     queries = query.transpose(0, 2)  # (B, Hq, 1, d)
-    ages = places[:, None] - torch.arange(longest, device=key.device)[None, :]
-    mask = ages >= 0 if form.window is None else (ages >= 0) & (ages < form.window)
+    mask = step.once("own", form.window, lambda: _own_mask(places, longest, form.window))
     own = keys[:active, :, :longest], values[:active, :, :longest]
-    shared = {id(p): p for p in cache.prefixes if p is not None}
-    if not shared:
-        return _masked(queries, *own, mask[:, None, None], form).transpose(0, 2)
-    out, top, total = _partial(queries, *own, mask[:, None, None], form)
-    for name, prefix in shared.items():
-        rows = [row for row, p in enumerate(cache.prefixes) if id(p) == name]
+    groups = step.once("groups", form.window, lambda: _groups(cache, places, form.window))
+    if not groups:
+        return _masked(queries, *own, mask, form).transpose(0, 2)
+    out, top, total = _partial(queries, *own, mask, form)
+    for prefix, rows, seen in groups:
+        asked = queries if rows is None else queries[rows]
         common = prefix.keys[layer][None], prefix.values[layer][None]
-        seen = None
-        if form.window is not None:
-            before = torch.arange(prefix.length, 0, -1, device=key.device)
-            seen = (places[rows][:, None] + before[None, :]) < form.window
-        found = _partial(queries[rows].transpose(0, 2), *common, seen, form)
-        _merge((out, top, total), rows, [x.transpose(0, 2) for x in found])
+        found = [x.transpose(0, 2) for x in _partial(asked.transpose(0, 2), *common, seen, form)]
+        _merge((out, top, total), slice(None) if rows is None else rows, found)
     return _whole(out, top, total, form).to(query.dtype).transpose(0, 2)
+
+
+def _own_mask(places: torch.Tensor, longest: int, window: int | None) -> torch.Tensor:
+    """(B, 1, 1, L) bool: which of its own keys each slot's new token sees."""
+    ages = places[:, None] - torch.arange(longest, device=places.device)[None, :]
+    mask = ages >= 0 if window is None else (ages >= 0) & (ages < window)
+    return mask[:, None, None]
+
+
+def _groups(
+    cache: SlotCache, places: torch.Tensor, window: int | None
+) -> list[tuple[Prefix, torch.Tensor | None, torch.Tensor | None]]:
+    """Each prefix in use, its slots (None: all of them), and which of its keys they see (None: all of them)."""
+    made: list[tuple[Prefix, torch.Tensor | None, torch.Tensor | None]] = []
+    for prefix in {id(p): p for p in cache.prefixes if p is not None}.values():
+        rows = torch.tensor([row for row, p in enumerate(cache.prefixes) if p is prefix], device=places.device)
+        seen = None
+        if window is not None:
+            before = torch.arange(prefix.length, 0, -1, device=places.device)
+            seen = (places[rows][:, None] + before[None, :]) < window
+        made.append((prefix, None if len(rows) == cache.active else rows, seen))
+    return made
 
 
 def _partial(
@@ -284,7 +316,7 @@ def _partial(
 
 
 def _merge(
-    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor], rows: Sequence[int], more: Sequence[torch.Tensor]
+    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor], rows: torch.Tensor | slice, more: Sequence[torch.Tensor]
 ) -> None:
     """Add attention to further keys for some rows, in place: both halves are brought to the larger of their scores."""
     out, top, total = into
