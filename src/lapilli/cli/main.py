@@ -19,6 +19,7 @@ VERBS = {
     "build": ("lapilli.cli.build", "Join a vision encoder and a language model into a model folder."),
     "train": ("lapilli.cli.train", "Train a model as a recipe says."),
     "chat": ("lapilli.cli.chat", "Talk with a model about pictures, in the terminal."),
+    "serve": ("lapilli.cli.serve", "Serve models over HTTP, as OpenAI's API."),
     "data": ("lapilli.cli.data", "Look at data as it will be trained."),
     "delta": ("lapilli.cli.delta", "Delta weights: make them from two models, or apply them to their base."),
     "projector": ("lapilli.cli.projector", "Take a projector out of a model, or put one in."),

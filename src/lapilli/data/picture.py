@@ -37,6 +37,8 @@ class ImageLimits:
 
     max_pixels: int = 50_000_000
     max_bytes: int = 100_000_000
+    pixels_key: str = "data.max_image_pixels"
+    """Where the user raises `max_pixels`; named in the refusal."""
 
 
 def open_image(
@@ -127,7 +129,7 @@ def opened(
         if width * height > limits.max_pixels:
             raise DataError(
                 f"{name}: {width} x {height} is more than {limits.max_pixels:,} pixels; "
-                "shrink the picture or raise data.max_image_pixels"
+                f"shrink the picture or raise {limits.pixels_key}"
             )
         yield picture, stream, name
 

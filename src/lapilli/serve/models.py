@@ -1,0 +1,123 @@
+"""The models of a server: their names, and how many answers of each may be on their way."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lapilli.base.errors import RunError, nearest
+from lapilli.generate.assistant import Assistant, load
+from lapilli.generate.engine import Engine
+from lapilli.generate.processor import Processor
+from lapilli.generate.text import Vocabulary
+from lapilli.serve.reading import Reader, image_limits
+from lapilli.serve.refusal import ApiError
+from lapilli.serve.settings import Limits
+from lapilli.serve.worker import Worker
+
+log = logging.getLogger(__name__)
+
+_LONGEST_WAIT_SECONDS = 60.0
+_NEWEST = 0.2
+"""Weight of the newest answer in how long an answer usually takes."""
+
+
+def name_models(given: Sequence[str]) -> dict[str, str]:
+    """Name and folder of each model: `NAME=PATH`, or a path, whose last part is the name.
+
+    Raises RunError for two of the same name, or a name that an address can't carry.
+    """
+    named: dict[str, str] = {}
+    for one in given:
+        name, equals, path = one.partition("=")
+        if not equals or Path(one).exists():
+            name, path = Path(one).resolve().name, one
+        if not name or not path or not name.isprintable() or len(name) > 300:
+            raise RunError(f'"{one}": give a model as PATH, or as NAME=PATH')
+        if name in named:
+            raise RunError(f'two models are called "{name}" ({named[name]}, {path}); name one of them: NAME={path}')
+        named[name] = path
+    return named
+
+
+@dataclass(eq=False)
+class Served:
+    """One model with its thread, and the answers of it that are on their way. Touched by the event loop alone."""
+
+    name: str
+    worker: Worker
+    reader: Reader
+    vocabulary: Vocabulary
+    limits: Limits
+    created: int = field(default_factory=lambda: int(time.time()))
+    taken: int = 0
+    """Answers that wait or grow."""
+    _usual_seconds: float = 1.0
+
+    @property
+    def room(self) -> int:
+        """Answers that may be on their way at a time."""
+        return self.limits.slots + self.limits.queue
+
+    def admit(self, answers: int) -> None:
+        """Take places for answers. Raises ApiError if there are none now, or never are."""
+        if not self.worker.alive:
+            raise ApiError(503, f"{self.name}: the model does not answer any more", code="engine_stopped")
+        if answers > self.room:
+            raise ApiError(400, f"n: {answers}; this server makes {self.room} answers at a time at most", param="n")
+        over = self.taken + answers - self.room
+        if over > 0:
+            wait = min(_LONGEST_WAIT_SECONDS, self._usual_seconds * max(1.0, over / self.limits.slots))
+            raise ApiError(429, f"{self.name}: the queue is full", code="queue_full", retry_seconds=wait)
+        self.taken += answers
+
+    def release(self, answers: int, seconds: float | None = None) -> None:
+        """Give places back; `seconds`: how long the answers took, if they were finished."""
+        self.taken -= answers
+        if seconds is not None:
+            self._usual_seconds += _NEWEST * (seconds - self._usual_seconds)
+
+
+def find(models: Mapping[str, Served], name: str) -> Served:
+    """The model of a name. Raises ApiError if it is not served."""
+    if name not in models:
+        raise ApiError(
+            404,
+            f"no such model here{nearest(name, models)}; GET /v1/models lists them",
+            code="model_not_found",
+            param="model",
+        )
+    return models[name]
+
+
+def open_models(
+    named: Mapping[str, str],
+    limits: Limits,
+    *,
+    base: str | None = None,
+    device: str = "cpu",
+    template: str | None = None,
+) -> dict[str, Served]:
+    """Load every model. Raises ModelError naming what is wrong with a folder."""
+    made: dict[str, Served] = {}
+    for name, path in named.items():
+        begun = time.monotonic()
+        made[name] = served(name, load(path, base, device=device, template=template), limits)
+        log.info("%s: %s on %s, loaded in %.1f s", name, path, device, time.monotonic() - begun)
+    return made
+
+
+def served(name: str, assistant: Assistant, limits: Limits) -> Served:
+    """A loaded model, ready to be served."""
+    processor = Processor(assistant, image_limits(limits))
+    engine = Engine(assistant, processor)
+    return Served(
+        name,
+        Worker(name, engine, limits.slots),
+        Reader(engine, processor, limits),
+        Vocabulary(assistant.tokenizer),
+        limits,
+    )

@@ -1,0 +1,68 @@
+"""The process that serves: its socket, its signals, its end.
+
+SIGTERM (or Ctrl-C) closes the door, lets answers under way end within the time that is set, and leaves with status 0.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping
+
+import uvicorn
+
+from lapilli.base.errors import RunError
+from lapilli.base.interrupt import StopWish
+from lapilli.serve.app import make_app
+from lapilli.serve.models import Served
+from lapilli.serve.settings import Keys, Limits
+
+
+class _Server(uvicorn.Server):
+    """Says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take an address without listening yet; port 0 takes a free one. Raises RunError if it can't be had."""
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+    except (OSError, OverflowError) as error:
+        made.close()
+        raise RunError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from error
+    return made
+
+
+def url_of(bound: socket.socket) -> str:
+    """The API's address on a socket, as clients' `base_url`."""
+    host, port = bound.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+def serve(
+    models: Mapping[str, Served], keys: Keys, limits: Limits, bound: socket.socket, ready: Callable[[str], None]
+) -> None:
+    """Serve until the process is asked to stop; `ready` is called with the API's address once it listens."""
+    config = uvicorn.Config(
+        make_app(models, keys, limits),
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        ws="none",
+        proxy_headers=False,  # who asks must not be what a header says
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=max(1, round(limits.drain_seconds)),
+    )
+    url = url_of(bound)
+    with StopWish():  # uvicorn raises the signal again when it has stopped
+        _Server(config, lambda: ready(url)).run(sockets=[bound])

@@ -1,0 +1,55 @@
+"""Who may use a server, and what its models are called."""
+
+import pytest
+
+from lapilli.base.errors import RunError
+from lapilli.serve.models import name_models
+from lapilli.serve.settings import Keys, Limits, check_address, read_keys
+
+
+def test_keys_of_a_file_and_the_environment(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# ours\n\nfirst\n  second \n")
+    keys = read_keys(file, {"LAPILLI_API_KEY": "third"})
+    assert [keys.find(k) for k in ("first", "second", "third", "# ours", "", "firs")] == [0, 1, 2, None, None, None]
+    assert "first" not in repr(keys)
+    assert not read_keys(None, {})
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "two words\n", "gr\u00fcn\n"])
+def test_refused_key_files(tmp_path, text):
+    (tmp_path / "keys").write_text(text)
+    with pytest.raises(RunError, match="key"):
+        read_keys(tmp_path / "keys", {})
+
+
+def test_an_empty_key_is_no_key():
+    with pytest.raises(RunError, match="not empty"):
+        read_keys(None, {"LAPILLI_API_KEY": ""})
+
+
+def test_addresses():
+    for host in ("127.0.0.1", "localhost", "::1"):
+        check_address(host, Keys())
+    for host in ("0.0.0.0", "::", "192.168.1.5", "example.org", ""):
+        with pytest.raises(RunError, match="give it a key"):
+            check_address(host, Keys())
+        check_address(host, Keys.of(["k"]))
+
+
+def test_limits():
+    with pytest.raises(RunError, match="--request-seconds"):
+        Limits(request_seconds=0)
+
+
+def test_names(tmp_path):
+    (tmp_path / "a=b").mkdir()
+    assert name_models([str(tmp_path), "mine=x/y", str(tmp_path / "a=b")]) == {
+        tmp_path.name: str(tmp_path),
+        "mine": "x/y",
+        "a=b": str(tmp_path / "a=b"),
+    }
+    with pytest.raises(RunError, match='two models are called "y"'):
+        name_models(["x/y", "z/y"])
+    with pytest.raises(RunError, match="NAME=PATH"):
+        name_models(["=x"])
