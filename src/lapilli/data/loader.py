@@ -166,7 +166,7 @@ class TrainLoader:
             if self.quarantine is not None:
                 bad = self.quarantine.add(b for one in made for b in one.bad)
             filled = [one.batch for one in made if one.batch is not None]
-            if not filled and plan.own:
+            if not filled and plan.own and self.ranks == 1:  # else other ranks may have samples left
                 raise DataError(
                     f"step {step + 1}: none of its {len(plan.own)} samples can be read, among them "
                     f"{self.corpus.where(plan.own[0])}; `lapilli data check` lists what is wrong"

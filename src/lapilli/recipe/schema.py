@@ -240,6 +240,9 @@ class Run(Section):
     """Where and how the run is carried out; nothing here changes what is learned beyond rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    engine: Literal["auto", "single", "ddp"] = "auto"
+    """How several processes, started by torchrun or SLURM, train together: `ddp` has the whole model in each of them.
+    `auto` is `single` for one process, else `ddp`."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 holds trained weights in fp32 and computes in bf16; frozen weights are held in bf16."""
     seed: int = 42

@@ -76,7 +76,7 @@ def follow(stage: Stage, say: Say = lambda _line: None) -> Follower | None:
 
 
 class Follower:
-    """What training calls after every step; see `lapilli.train.run.Evaluate`."""
+    """What training calls after every step; see `lapilli.train.loop.Evaluate`."""
 
     def __init__(self, followed: Sequence[Followed]) -> None:
         self.followed = tuple(followed)

@@ -7,6 +7,7 @@ recipe of several stages wherever it was stopped.
 
 from __future__ import annotations
 
+import os
 from typing import TextIO
 
 from lapilli.assemble.skeleton import skeleton
@@ -15,6 +16,7 @@ from lapilli.recipe.load import LoadedRecipe
 from lapilli.recipe.schema import Stage
 from lapilli.run.evaluation import follow
 from lapilli.train.folder import is_finished, open_folder
+from lapilli.train.parallel.world import World, open_world
 from lapilli.train.reading import check_files, read_corpus, read_description, reading
 from lapilli.train.run import Outcome, train_stage
 from lapilli.train.setup import Say, describe_corpus, describe_parts, make_trainable
@@ -30,20 +32,32 @@ def run_recipe(
 ) -> Outcome:
     """Train every stage of a recipe that is not finished yet; see `train_stage`. Returns the last one's outcome.
 
-    Raises RunError if all of them are finished, or if `resume` names a checkpoint and there are several stages.
+    Where torchrun or SLURM started several processes, they train together, and only the first one speaks. Raises
+    RunError if all stages are finished, or if `resume` names a checkpoint and there are several stages.
     """
+    with open_world() as world, open(os.devnull, "w", encoding="utf-8") as nowhere:
+        if world.first:
+            return _run_stages(recipe, resume, dry_run, say, stream, world)
+        return _run_stages(recipe, resume, dry_run, lambda _line: None, nowhere, world)
+
+
+def _run_stages(
+    recipe: LoadedRecipe, resume: str, dry_run: bool, say: Say, stream: TextIO | None, world: World
+) -> Outcome:
     stages = recipe.recipe.stages
     several = len(stages) > 1
     if several and resume not in ("auto", "never"):
         raise RunError("--resume: name a checkpoint only with a recipe of one stage; auto finds each stage's own")
+    finished = world.from_first(lambda: [s.name for s in stages if several and resume == "auto" and is_finished(s)])
     for stage in stages:
-        if several and resume == "auto" and is_finished(stage):
+        if stage.name in finished:
             say(f"stage {stage.name} is finished already ({stage.out})")
-    waiting = [s for s in stages if not (several and resume == "auto" and is_finished(s))]
+    waiting = [stage for stage in stages if stage.name not in finished]
     if not waiting:
         raise RunError(f"{stages[-1].out}: all stages are finished; give another folder with out=...")
-    followed = {stage.name: follow(stage, say) for stage in waiting}
-    check_later_stages(waiting, resume, say, stream, write_index=not dry_run)
+    with world.together():
+        followed = {stage.name: follow(stage, say) for stage in waiting}
+        world.from_first(lambda: check_later_stages(waiting, resume, say, stream, write_index=not dry_run))
     outcome = Outcome(0, 0)
     for stage in waiting[:1] if dry_run else waiting:
         if several:
@@ -56,6 +70,7 @@ def run_recipe(
             say=say,
             stream=stream,
             evaluate=followed[stage.name],
+            world=world,
         )
         if outcome.stopped_by:
             break

@@ -15,15 +15,12 @@ from lapilli.train.step import StepResult
 WINDOW_STEPS = 20
 
 
-def padding_share(batches: Sequence[Batch], packing: str) -> float:
-    """Part of all computed positions that no Example fills. Packed sequences have none; padded ones do."""
+def computed_positions(batches: Sequence[Batch], packing: str) -> int:
+    """Positions that are computed, those included that no Example fills. Packed sequences have none; padded ones do."""
     if packing == "varlen":
-        return 0.0
-    computed = 0
-    for batch in batches:
-        lengths = batch.cu_seqlens.diff()
-        computed += int(lengths.max()) * len(lengths)
-    return 1 - sum(b.tokens for b in batches) / computed
+        return sum(b.tokens for b in batches)
+    lengths = [batch.cu_seqlens.diff() for batch in batches]
+    return sum(int(one.max()) * len(one) for one in lengths)
 
 
 class Monitor:
@@ -40,7 +37,6 @@ class Monitor:
         result: StepResult,
         *,
         learning_rate: float,
-        samples: int,
         seconds: float,
         wait_seconds: float,
         padding: float,
@@ -55,7 +51,7 @@ class Monitor:
             "grad_norm": result.grad_norm,
             "tokens": result.tokens,
             "supervised_tokens": result.supervised_tokens,
-            "samples": samples,
+            "samples": result.samples,
             "seconds": round(seconds, 6),
             "wait_seconds": round(wait_seconds, 6),
             "padding": round(padding, 6),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -27,7 +28,9 @@ from lapilli.train.folder import RunFolder, open_folder
 from lapilli.train.loss import LossModule
 from lapilli.train.monitor import compact
 from lapilli.train.optimizer import build_optimizer, parameter_groups
+from lapilli.train.parallel.choose import engine_name, make_engine
 from lapilli.train.parallel.single import Single
+from lapilli.train.parallel.world import ALONE, World
 from lapilli.train.reading import Reading, check_files, limits, read_corpus, read_description, reading
 
 Say = Callable[[str], None]
@@ -54,41 +57,97 @@ class Prepared:
     total_steps: int
 
 
-def prepare(stage: Stage, resume: str, say: Say, stream: TextIO | None = None, *, write_index: bool = True) -> Prepared:
-    """Set a stage up. Raises LapilliError for whatever would stop it later, before anything is written."""
+def prepare(
+    stage: Stage,
+    resume: str,
+    say: Say,
+    stream: TextIO | None = None,
+    *,
+    write_index: bool = True,
+    world: World = ALONE,
+) -> Prepared:
+    """Set a stage up. Raises LapilliError for whatever would stop it later, before anything is written.
+
+    The processes of `world` do so together, inside `world.together()`; the first one decides about the folder and
+    makes the index.
+    """
     # 1. The folder: new, or an interrupted run of this very recipe; and that the files it names are there.
-    folder = open_folder(stage, resume)
+    folder = _agreed_folder(stage, resume, world)
     check_files([stage])
-    # 2. The device, its threads and seeds.
-    device = choose_device(stage.run.device)
+    # 2. The engine; the device, its threads and seeds.
+    engine_wanted = engine_name(stage.run.engine, world)
+    device = choose_device(stage.run.device, world.local_rank)
     _settle(stage, device)
     # 3. Names and shapes that the model's folder gives: template, image mode, tokenizer.
     how = reading(stage, *read_description(str(stage.model)))
     # 4. All data, every record of it; what is found is kept for the next run that reads them so.
-    corpus = read_corpus(stage.data.train, stage, how, write_index, stream)
+    corpus = _agreed_corpus(stage.data.train, stage, how, write_index, stream, world)
     say(describe_corpus("training data", corpus))
     validation = None
     if stage.data.validation:
-        validation = read_corpus(stage.data.validation, stage, how, write_index, stream)
+        validation = _agreed_corpus(stage.data.validation, stage, how, write_index, stream, world)
         say(describe_corpus("validation data", validation))
     # 5. What each step is made of.
-    loader = training_loader(stage, how, corpus, stage.data.train)
+    loader = training_loader(stage, how, corpus, stage.data.train, world=world)
     loader.total_steps = total_steps = count_steps(stage, loader.steps_per_epoch)
     # 6. The weights; which of them train, at which precision, where.
     loaded = load(str(stage.model), device="cpu", dtype=torch.float32)
     parts = make_trainable(loaded.model, stage, how)
     _place(loaded, stage, device)
     say(describe_parts(parts))
-    # 7. What drives the training.
-    engine = Single(LossModule(loaded.model, how.spec.image))
+    # 7. What drives the training, as soon as every process has come so far: the engine sends weights.
+    world.exchange(None)
+    engine = make_engine(engine_wanted, LossModule(loaded.model, how.spec.image), world)
+    if not world.first:  # after new weights were drawn, the same everywhere: dropout differs
+        torch.manual_seed(stage.run.seed + world.rank)
     optimizer = build_optimizer(parameter_groups(engine.trained(), stage.train), stage.train)
     return Prepared(
         stage, folder, device, how, loaded, corpus, validation, loader, engine, optimizer, parts, total_steps
     )
 
 
+def _agreed_folder(stage: Stage, resume: str, world: World) -> RunFolder:
+    """The folder as the first process finds it; the others may look when it has begun to write."""
+
+    def found() -> str | None:
+        start = open_folder(stage, resume).resume_from
+        return None if start is None else str(start)
+
+    start = world.from_first(found)
+    return RunFolder(Path(str(stage.out)), None if start is None else Path(start))
+
+
+def _agreed_corpus(
+    sources: Sequence[Source],
+    stage: Stage,
+    how: Reading,
+    write_index: bool,
+    stream: TextIO | None,
+    world: World,
+) -> Corpus:
+    """The corpus, indexed by the first process; the others open what it kept.
+
+    Raises RunError where they then see other data, as on machines whose folders differ.
+    """
+    corpus = read_corpus(sources, stage, how, write_index, stream) if world.first else None
+    world.exchange(None)
+    if corpus is None:
+        corpus = read_corpus(sources, stage, how, False, stream)
+    stamps = world.exchange(corpus.index.stamp)
+    other = next((rank for rank, stamp in enumerate(stamps) if stamp != stamps[0]), None)
+    if other is not None:
+        raise RunError(f"process {other} sees other data in {sources[0].path} than process 0; share the same folders")
+    return corpus
+
+
 def training_loader(
-    stage: Stage, how: Reading, corpus: Corpus, sources: Sequence[Source], *, order: str | None = None
+    stage: Stage,
+    how: Reading,
+    corpus: Corpus,
+    sources: Sequence[Source],
+    *,
+    order: str | None = None,
+    world: World = ALONE,
 ) -> TrainLoader:
     """Return the loader of a corpus read from `sources`; with `order` sequential, that of held-out data.
 
@@ -112,6 +171,8 @@ def training_loader(
         workers=stage.data.workers,
         limits=limits(stage),
         quarantine=quarantine,
+        rank=world.rank,
+        ranks=world.size,
     )
 
 

@@ -6,6 +6,7 @@ nothing of device or engine, so that another engine can gather to and scatter fr
 aside, made durable and renamed; without its completion marker it is never loaded.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from lapilli.base.errors import RunError
 from lapilli.data.quarantine import BadRecord
 from lapilli.train.device.choose import Device
 from lapilli.train.parallel.single import Single
+from lapilli.train.parallel.world import World
 from lapilli.train.tensors import read_tensors, write_tensors
 
 FORMAT = 1
@@ -49,13 +51,23 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 def save_state(folder: Path, state: State, engine: Single, optimizer: torch.optim.Optimizer, device: Device) -> None:
     """Write a checkpoint at `folder`, durable and complete, or raise and leave nothing.
 
-    Raises RunError, naming the folder, when the disk refuses; the checkpoints before it stay good.
+    All processes call it, and the first one writes. Raises RunError, naming the folder, when the disk refuses; the
+    checkpoints before it stay good.
     """
+    world = engine.world
+    with world.together():
+        random = _random_of_all(world, device)
+        world.from_first(lambda: _write(folder, state, engine, optimizer, random))
+
+
+def _write(
+    folder: Path, state: State, engine: Single, optimizer: torch.optim.Optimizer, random: dict[str, torch.Tensor]
+) -> None:
     try:
         with atomic.atomic_folder(folder, replace=True, marker=True) as draft:
             write_tensors(draft, "weights", engine.trained())
             write_tensors(draft, "optimizer", _optimizer_tensors(engine, optimizer))
-            write_tensors(draft, "random", {"cpu": torch.get_rng_state(), **device.random_state()}.items())
+            write_tensors(draft, "random", random.items())
             content = {"format": FORMAT, **asdict(state)}
             (draft / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
@@ -80,7 +92,8 @@ def read_state(folder: Path) -> State:
 def load_tensors(folder: Path, engine: Single, optimizer: torch.optim.Optimizer, device: Device) -> None:
     """Put a checkpoint's weights, optimiser tensors and random states in place.
 
-    Raises RunError if its names or shapes are not those of this run.
+    A process that the checkpoint has no random state of, because there were fewer, gets a new one. Raises RunError if
+    its names or shapes are not those of this run.
     """
     trained = dict(engine.trained())
     missing = set(trained)
@@ -100,9 +113,28 @@ def load_tensors(folder: Path, engine: Single, optimizer: torch.optim.Optimizer,
         # As the optimiser itself places them: counters stay where its kernels look for them.
         on_device = kind != "step" or optimizer.defaults.get("fused")
         optimizer.state[parameter][kind] = tensor.to(parameter.device) if on_device else tensor
-    random = dict(read_tensors(folder, "random"))
-    torch.set_rng_state(random["cpu"])
-    device.set_random_state(random)
+    _set_random(dict(read_tensors(folder, "random")), engine.world.rank, device)
+
+
+def _random_of_all(world: World, device: Device) -> dict[str, torch.Tensor]:
+    """The random states of all processes; the first one's have no number, as if it were alone."""
+    own = {"cpu": torch.get_rng_state(), **device.random_state()}
+    return {
+        f"process-{rank}.{name}" if rank else name: tensor
+        for name, state in own.items()
+        for rank, tensor in enumerate(world.bytes_of_all(state))
+    }
+
+
+def _set_random(states: dict[str, torch.Tensor], rank: int, device: Device) -> None:
+    prefix = f"process-{rank}." if rank else ""
+    own = {name.removeprefix(prefix): state for name, state in states.items() if name.startswith(prefix)}
+    if "cpu" in own:
+        torch.set_rng_state(own["cpu"])
+        device.set_random_state(own)
+    else:
+        drawn = hashlib.sha256(states["cpu"].numpy().tobytes() + str(rank).encode())
+        torch.manual_seed(int.from_bytes(drawn.digest()[:7], "little"))
 
 
 def prune(checkpoints: Path, keep: int) -> None:

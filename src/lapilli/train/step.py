@@ -1,13 +1,14 @@
 """One optimiser step: count, forward and backward per micro-batch, check, clip, update.
 
 This is the one place where the loss is normalised. With `tokens` a step's loss and gradients don't depend on how its
-samples were split into micro-batches; `microbatch_mean` is the original trainer's arithmetic, which does.
+samples were split into micro-batches; `microbatch_mean` is the original trainer's arithmetic, which does. Neither
+depends on how the micro-batches were dealt to processes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from lapilli.base.errors import RunError
 from lapilli.data.sample import Batch
 from lapilli.recipe.schema import Train
 from lapilli.train.parallel.single import Single
+from lapilli.train.parallel.world import World
 
 
 @dataclass(frozen=True)
@@ -25,17 +27,47 @@ class StepResult:
     """Before clipping."""
     tokens: int
     supervised_tokens: int
+    samples: int
+    """All three on all processes."""
 
 
-def loss_weights(supervised: Sequence[float], reduction: str) -> list[float]:
+@dataclass(frozen=True)
+class StepTotals:
+    """What the micro-batches of a step hold together, on all processes."""
+
+    micro_batches: int = 0
+    samples: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    weight: float = 0.0
+    """Supervised tokens, each counted as much as it weighs."""
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch]) -> "StepTotals":
+        return cls(
+            len(batches),
+            sum(len(b.ids) for b in batches),
+            sum(b.tokens for b in batches),
+            sum(b.supervised for b in batches),
+            sum(b.weight for b in batches),
+        )
+
+    @classmethod
+    def sum(cls, parts: Iterable["StepTotals"]) -> "StepTotals":
+        parts = list(parts)
+        return cls(**{field.name: sum(getattr(part, field.name) for part in parts) for field in fields(cls)})
+
+
+def loss_weights(supervised: Sequence[float], reduction: str, whole: StepTotals | None = None) -> list[float]:
     """Return what each micro-batch's summed loss is multiplied by, from their (weighted) numbers of supervised tokens.
 
-    A micro-batch without supervised tokens counts 0.
+    `whole` is the step on all processes, if these are not all of its micro-batches. One without supervised tokens
+    counts 0.
     """
+    total, count = (sum(supervised), len(supervised)) if whole is None else (whole.weight, whole.micro_batches)
     if reduction == "tokens":
-        total = sum(supervised)
         return [1 / total if total else 0.0] * len(supervised)
-    return [1 / (count * len(supervised)) if count else 0.0 for count in supervised]
+    return [1 / (tokens * count) if tokens else 0.0 for tokens in supervised]
 
 
 def accumulate(
@@ -44,17 +76,21 @@ def accumulate(
     reduction: str,
     device: torch.device,
     autocast: AbstractContextManager[None],
+    whole: StepTotals | None = None,
 ) -> list[float]:
-    """Add the step's gradients to the parameters; return each micro-batch's part of the loss, which sum to the loss."""
+    """Add the step's gradients to the parameters; return each micro-batch's part of the loss, which sum to the loss.
+
+    `whole` is the step on all processes, if these are not all of its micro-batches.
+    """
     losses: list[torch.Tensor] = []
-    for batch, weight in zip(batches, loss_weights([b.weight for b in batches], reduction), strict=True):
+    for batch, weight in zip(batches, loss_weights([b.weight for b in batches], reduction, whole), strict=True):
         with autocast:
             total = engine.module(batch.to(device))
         loss = total * weight
         if loss.requires_grad:
             engine.backward(loss)
         losses.append(loss.detach())
-    return torch.stack(losses).tolist()
+    return torch.stack(losses).tolist() if losses else []
 
 
 def train_step(
@@ -66,32 +102,42 @@ def train_step(
     *,
     autocast: AbstractContextManager[None],
     where: str = "this step",
+    whole: StepTotals | None = None,
 ) -> StepResult:
-    """Learn from one step's micro-batches; `where` names the step in errors.
+    """Learn from one step's micro-batches; `where` names the step in errors, `whole` is the step on all processes.
 
-    Raises RunError, before any weight is changed, if loss or gradient is not finite; the message names the samples.
+    Raises RunError, on all processes and before any weight is changed, if loss or gradient is not finite; the message
+    names the samples.
     """
+    whole = StepTotals.of(batches) if whole is None else whole
     parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad(set_to_none=True)
-    losses = accumulate(engine, batches, train.loss_reduction, device, autocast)
+    with engine.world.together():
+        losses = accumulate(engine, batches, train.loss_reduction, device, autocast, whole)
+        loss = _finite_sum(engine.world, losses, batches, where)
     for parameter in parameters:
         # A part that saw nothing (the projector in a step of text) has a zero gradient, so that Adam's momentum and
         # weight decay act on it in every step, as they do in the original and under DDP.
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+    engine.complete(parameters)
     norm = engine.gradient_norm(parameters)
     grad_norm = float(norm)
-    _refuse_non_finite(losses, grad_norm, batches, where)
+    if not math.isfinite(grad_norm):
+        ids = ", ".join(i for ids in engine.world.exchange([i for b in batches for i in b.ids]) for i in ids)
+        raise RunError(f"{where}: the gradient norm is {grad_norm} (no weight was changed); samples: {ids}")
     if train.max_grad_norm is not None:
         engine.clip(parameters, train.max_grad_norm, norm)
     optimizer.step()
-    return StepResult(math.fsum(losses), grad_norm, sum(b.tokens for b in batches), sum(b.supervised for b in batches))
+    return StepResult(loss, grad_norm, whole.tokens, whole.supervised, whole.samples)
 
 
-def _refuse_non_finite(losses: Sequence[float], grad_norm: float, batches: Sequence[Batch], where: str) -> None:
-    for loss, batch in zip(losses, batches, strict=True):
-        if not math.isfinite(loss):
-            raise RunError(f"{where}: the loss is {loss} (no weight was changed); samples: {', '.join(batch.ids)}")
-    if not math.isfinite(grad_norm):
-        ids = ", ".join(i for b in batches for i in b.ids)
-        raise RunError(f"{where}: the gradient norm is {grad_norm} (no weight was changed); samples: {ids}")
+def _finite_sum(world: World, losses: Sequence[float], batches: Sequence[Batch], where: str) -> float:
+    """Return the loss of all processes. Raises RunError, on all of them, naming the samples of what is not finite."""
+    broken = [(loss, batch.ids) for loss, batch in zip(losses, batches, strict=True) if not math.isfinite(loss)]
+    parts = world.exchange([0.0 if broken else math.fsum(losses), broken[:1]])
+    found = [one for _, broken in parts for one in broken]
+    if found:
+        ids = ", ".join(i for _, ids in found for i in ids)
+        raise RunError(f"{where}: the loss is {found[0][0]} (no weight was changed); samples: {ids}")
+    return math.fsum(part for part, _ in parts)

@@ -7,17 +7,24 @@ from lapilli.train.setup import Prepared, training_loader, training_mode
 
 @torch.no_grad()
 def validation_loss(ready: Prepared) -> float:
-    """Return the loss per supervised token over the whole of `ready.validation`; the model trains on as before."""
+    """Return the loss per supervised token over the whole of `ready.validation`; the model trains on as before.
+
+    The processes of a run share the data.
+    """
     assert ready.validation is not None
-    model = ready.loaded.model
+    model, world = ready.loaded.model, ready.engine.world
     total, count = 0.0, 0.0
     model.eval()
     sources = ready.stage.data.validation
-    for step in training_loader(ready.stage, ready.how, ready.validation, sources, order="sequential"):
-        for batch in step.batches:
-            with ready.device.autocast(ready.stage.run.precision):
-                loss = ready.engine.module(batch.to(ready.device.device))
-            total += float(loss)
-            count += batch.weight
-    training_mode(model)
+    with world.together():
+        loader = training_loader(ready.stage, ready.how, ready.validation, sources, order="sequential", world=world)
+        for step in loader:
+            for batch in step.batches:
+                with ready.device.autocast(ready.stage.run.precision):
+                    loss = ready.engine.module(batch.to(ready.device.device))
+                total += float(loss)
+                count += batch.weight
+        training_mode(model)
+        parts = world.exchange([total, count])
+    total, count = (sum(column) for column in zip(*parts, strict=True))
     return total / count if count else 0.0

@@ -9,14 +9,22 @@ from lapilli.base.errors import RunError
 
 
 class Cuda:
-    """One process on the current CUDA device."""
+    """One process on one CUDA device."""
 
     name = "cuda"
 
-    def __init__(self) -> None:
-        """Raises RunError where PyTorch sees no CUDA device."""
+    def __init__(self, local_rank: int = 0) -> None:
+        """Take the device of that number, or the only one there is: a cluster may show each process its own.
+
+        Raises RunError where PyTorch sees no such CUDA device.
+        """
         if not torch.cuda.is_available():
             raise RunError("run.device: cuda: PyTorch sees no CUDA device; use cpu, or install a CUDA build of PyTorch")
+        devices = torch.cuda.device_count()
+        if devices > 1:
+            if local_rank >= devices:
+                raise RunError(f"this machine has {devices} CUDA devices; start one process for each, and no more")
+            torch.cuda.set_device(local_rank)
         self.device = torch.device("cuda", torch.cuda.current_device())
 
     def autocast(self, precision: str) -> AbstractContextManager[None]:

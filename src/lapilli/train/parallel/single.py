@@ -4,19 +4,23 @@ An engine wraps the LossModule from outside the model and does what depends on h
 backward passes, the norm of all gradients, and tensors by their canonical names for checkpoints.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
 from lapilli.train.loss import LossModule
+from lapilli.train.parallel.world import ALONE, World
 
 
 class Single:
     """Everything is here, whole."""
 
-    def __init__(self, module: LossModule) -> None:
+    name = "single"
+
+    def __init__(self, module: LossModule, world: World = ALONE) -> None:
         self.module: nn.Module = module
+        self.world = world
         self._model = module.model
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -26,6 +30,9 @@ class Single:
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of `loss`, already normalised over the whole step."""
         loss.backward()
+
+    def complete(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add up, after the last backward pass of a step, the gradients of all processes. Every parameter has one."""
 
     def gradient_norm(self, parameters: list[nn.Parameter]) -> torch.Tensor:
         """L2 norm of all gradients together."""

@@ -1,0 +1,178 @@
+"""The steps of a run, one after the other: learn, validate, evaluate, note, save.
+
+Where several processes train together, each has its share of a step, and what belongs to the whole step (how much it
+holds, which records are bad, whether somebody was asked to stop) is exchanged before it begins.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any, TextIO
+
+from lapilli.base.errors import DataError
+from lapilli.base.interrupt import StopWish
+from lapilli.base.progress import Progress
+from lapilli.data.loader import Step
+from lapilli.data.quarantine import BadRecord
+from lapilli.train.left_out import list_left_out
+from lapilli.train.metrics import MetricsFile
+from lapilli.train.monitor import Monitor, computed_positions
+from lapilli.train.optimizer import set_learning_rate
+from lapilli.train.schedule import factor
+from lapilli.train.setup import Prepared
+from lapilli.train.state import State, checkpoint_folder, prune, save_state
+from lapilli.train.step import StepTotals, train_step
+from lapilli.train.validate import validation_loss
+
+Evaluate = Callable[[Prepared, int, bool, Progress, Callable[[], bool]], dict[str, float | None]]
+"""(run, steps done, whether that was the last, where to say how far it is, whether to stop) to the scores of the tasks
+that were due, by name. It leaves the model as it found it; a task that is not due, or was stopped, has no score."""
+
+
+class Loop:
+    """The steps of a run. `done` counts them."""
+
+    def __init__(
+        self, ready: Prepared, metrics: MetricsFile | None, facts: dict[str, Any], done: int, evaluate: Evaluate | None
+    ) -> None:
+        self.ready, self.metrics, self.facts, self.done, self.evaluate = ready, metrics, facts, done, evaluate
+        self.world = ready.engine.world
+        self.monitor = Monitor(ready.total_steps)
+        self.saved = done
+
+    def run(self, wish: StopWish, stream: TextIO | None) -> None:
+        """Train until the last step, or until asked to stop; the state is saved either way."""
+        ready, train = self.ready, self.ready.stage.train
+        ready.loader.start_step = self.done
+        with Progress("step", ready.total_steps, stream=stream) as progress:
+            progress.update(self.done)
+            began = time.perf_counter()
+            for step, whole, positions in self._steps(wish):
+                if step.bad:
+                    for one in step.bad:
+                        progress.write(f"left out: {one.reason}")
+                    if self.world.first:
+                        list_left_out(ready)
+                row = self._step(step, whole, positions, began)
+                self.done = row["step"]
+                last = self.done == ready.total_steps
+                if ready.validation is not None and (last or _due(self.done, train.validate_every)):
+                    row["validation_loss"] = validation_loss(ready)
+                    progress.write(f"step {self.done}  validation loss {row['validation_loss']:.4f}")
+                if self.evaluate is not None:
+                    row |= self._scores(self.evaluate, last, progress, wish)
+                if self.metrics is not None:
+                    self.metrics.append(row)
+                progress.update(self.done, self.monitor.text())
+                if last or _due(self.done, train.save_every):
+                    self.save()
+                began = time.perf_counter()
+        self.save()
+
+    def _steps(self, wish: StopWish) -> Iterator[tuple[Step, StepTotals, int]]:
+        """The steps to come, what they hold on all processes, and the positions computed for that.
+
+        They end where any process was asked to stop, for all of them after the same step.
+        """
+        steps = iter(self.ready.loader)
+        for _ in range(self.done, self.ready.total_steps):
+            if self.world.size == 1 and wish.signal:
+                return
+            with self.world.together():
+                step = _next(steps, wish)
+                shares = self.world.exchange(self._share(step, wish))
+            signals = [share["signal"] for share in shares if share["signal"]]
+            if signals or step is None:
+                wish.signal = wish.signal or signals[0]
+                return
+            whole = StepTotals.sum(StepTotals(**share["totals"]) for share in shares)
+            if not whole.micro_batches:
+                raise DataError(f"step {step.step + 1}: none of its {len(step.samples)} samples can be read")
+            bad = self._bad_of_all(step, shares)
+            wait_seconds = max(share["wait_seconds"] for share in shares)
+            yield replace(step, bad=bad, wait_seconds=wait_seconds), whole, sum(share["positions"] for share in shares)
+
+    def _share(self, step: Step | None, wish: StopWish) -> dict[str, Any]:
+        """What the other processes need to know of this one's part of a step."""
+        if step is None or wish.signal:
+            return {"signal": wish.signal}
+        packing = self.ready.loaded.model.config.packing
+        return {
+            "signal": None,
+            "totals": asdict(StepTotals.of(step.batches)),
+            "positions": computed_positions(step.batches, packing),
+            "wait_seconds": step.wait_seconds,
+            "bad": [asdict(one) for one in step.bad],
+        }
+
+    def _bad_of_all(self, step: Step, shares: Sequence[dict[str, Any]]) -> tuple[BadRecord, ...]:
+        """The records that any process found bad in this step; all of them count towards every process's ceiling."""
+        if self.ready.loader.quarantine is None:
+            return step.bad
+        found = (BadRecord(**one) for share in shares for one in share["bad"])
+        return (*step.bad, *self.ready.loader.quarantine.add(found))
+
+    def _scores(
+        self, evaluate: Evaluate, last: bool, progress: Progress, wish: StopWish
+    ) -> dict[str, dict[str, float | None]]:
+        with self.world.together():
+            scores = self.world.from_first(
+                lambda: evaluate(self.ready, self.done, last, progress, lambda: wish.signal is not None)
+            )
+        return {"evaluation": scores} if scores else {}
+
+    def _step(self, step: Step, whole: StepTotals, positions: int, began: float) -> dict[str, Any]:
+        ready, train = self.ready, self.ready.stage.train
+        number = step.step + 1
+        scale = factor(number, ready.total_steps, train)
+        set_learning_rate(ready.optimizer, scale)
+        result = train_step(
+            ready.engine,
+            ready.optimizer,
+            step.batches,
+            train,
+            ready.device.device,
+            autocast=ready.device.autocast(ready.stage.run.precision),
+            where=f"step {number}",
+            whole=whole,
+        )
+        return self.monitor.row(
+            number,
+            step.epoch,
+            result,
+            learning_rate=train.learning_rate * scale,
+            seconds=time.perf_counter() - began,
+            wait_seconds=step.wait_seconds,
+            padding=1 - whole.tokens / positions,
+            memory_bytes=ready.device.peak_memory_bytes(),
+        )
+
+    def save(self) -> None:
+        """Write the state after the last step that was done, if it is not written yet."""
+        if self.saved == self.done:
+            return
+        ready = self.ready
+        if self.metrics is not None:
+            self.metrics.make_durable()
+        folder = checkpoint_folder(ready.folder.checkpoints, self.done)
+        bad = () if ready.loader.quarantine is None else tuple(ready.loader.quarantine.found.values())
+        save_state(folder, State(self.done, self.facts, bad), ready.engine, ready.optimizer, ready.device)
+        if self.world.first:
+            prune(ready.folder.checkpoints, ready.stage.train.keep_checkpoints)
+        self.saved = self.done
+
+
+def _next(steps: Iterator[Step], wish: StopWish) -> Step | None:
+    """The next step. A signal to the whole process group ends the data's workers too; that is no error then."""
+    try:
+        return next(steps)
+    except DataError:
+        if wish.signal is None:
+            raise
+        return None
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,26 @@
+"""Which engine a run uses."""
+
+from lapilli.base.errors import RunError
+from lapilli.train.loss import LossModule
+from lapilli.train.parallel.ddp import Ddp
+from lapilli.train.parallel.single import Single
+from lapilli.train.parallel.world import World
+
+ENGINES: dict[str, type[Single]] = {"single": Single, "ddp": Ddp}
+
+
+def engine_name(wanted: str, world: World) -> str:
+    """Return the engine of that name; `auto` is `single` for one process, else `ddp`.
+
+    Raises RunError for `single` where several processes were started.
+    """
+    if wanted == "auto":
+        return "single" if world.size == 1 else "ddp"
+    if wanted == "single" and world.size > 1:
+        raise RunError(f"run.engine: single is for one process, but {world.size} were started; use auto or ddp")
+    return wanted
+
+
+def make_engine(name: str, module: LossModule, world: World) -> Single:
+    """Wrap the module in the engine of that name."""
+    return ENGINES[name](module, world)
