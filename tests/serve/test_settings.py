@@ -1,9 +1,12 @@
 """Who may use a server, and what its models are called."""
 
+import socket
+
 import pytest
 
 from lapilli.base.errors import RunError
 from lapilli.serve.models import name_models
+from lapilli.serve.server import bind, url_of
 from lapilli.serve.settings import Keys, Limits, check_address, read_keys
 
 
@@ -35,6 +38,16 @@ def test_addresses():
         with pytest.raises(RunError, match="give it a key"):
             check_address(host, Keys())
         check_address(host, Keys.of(["k"]))
+
+
+def test_bound():
+    bound = bind("127.0.0.1", 0)
+    with bound:
+        assert bound.proto == socket.IPPROTO_TCP  # else asyncio leaves Nagle's algorithm on, and answers wait 40 ms
+        assert url_of(bound) == f"http://127.0.0.1:{bound.getsockname()[1]}/v1"
+        bound.listen()
+        with pytest.raises(RunError, match=r"--port \d+: Address already in use"):
+            bind("127.0.0.1", bound.getsockname()[1])
 
 
 def test_limits():

@@ -58,6 +58,11 @@ class Pending:
             self._model.worker.want(wanted)
         self._watch = asyncio.create_task(self._until_gone(request))
 
+    @property
+    def ready(self) -> bool:
+        """Whether `next` has something without waiting."""
+        return not self._events.empty()
+
     async def next(self) -> tuple[int, Event] | None:
         """The next (index, event); None after the last one.
 
@@ -154,9 +159,13 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async with aclosing(self._lines) as lines:
+                held = b""
                 async for line in lines:
-                    await send({"type": "http.response.body", "body": line, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
+                    held += line
+                    if not self._pending.ready:  # what has piled up leaves together
+                        await send({"type": "http.response.body", "body": held, "more_body": True})
+                        held = b""
+            await send({"type": "http.response.body", "body": held})
         except OSError:
             return  # the client left between two events
         finally:
