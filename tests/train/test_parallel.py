@@ -177,6 +177,9 @@ def together(workshop):
     damaged = [*EVERY, "data.validation=[]", f"data.images={workshop}/pictures"]
     jobs = {kind: Job(path, [*EVERY, *more, f"out=two-{kind}"]) for kind, more in KINDS.items()}
     jobs["from one"] = Job(path, [*EVERY, "out=from-one"], resume="one/checkpoints/step-000002")
+    dropout = [*EVERY, "train.lora={r: 4, dropout: 0.3}", "train.optimizer=adamw"]
+    jobs["dropout"] = Job(path, [*dropout, "out=dropout"])
+    jobs["dropout, from two"] = Job(path, [*dropout, "out=dropout-on"], resume="dropout/checkpoints/step-000002")
     jobs["stopped"] = Job(path, [*EVERY, "train.epochs=6", "out=stopped"], signal=signal.SIGTERM, after=2)
     jobs["not finite"] = Job(path, [*EVERY, "train.learning_rate=1e30", "out=broken"])
     jobs["bad picture"] = Job(path, [*damaged, "out=bad"])
@@ -212,6 +215,23 @@ def test_a_run_goes_on_in_another_number_of_processes(workshop, together):
     two = workshop / "two-freeze_vision"
     back = train_alone(path, *EVERY, resume=str(two / "checkpoints/step-000002"), out="from-two")
     assert_learned_the_same(two, back, after=2)
+    checkpoint = str(workshop / "two-adamw/checkpoints/step-000002")
+    back = train_alone(path, *EVERY, *KINDS["adamw"], resume=checkpoint, out="adamw-from-two")
+    assert_learned_the_same(workshop / "two-adamw", back, after=2)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_bit_for_bit(workshop, together):
+    """Each draws its own dropout, and goes on with its own random state."""
+    assert together["dropout, from two"][0]["step"] == 3
+    whole, rest = (read_metrics(workshop / name / "metrics.jsonl") for name in ("dropout", "dropout-on"))
+    assert [(row["loss"], row["grad_norm"]) for row in whole[2:]] == [(row["loss"], row["grad_norm"]) for row in rest]
+    states = load_file(workshop / "dropout/checkpoints/step-000002/random-00001.safetensors")
+    assert set(states) == {"cpu", "process-1.cpu"}
+    assert not torch.equal(states["cpu"], states["process-1.cpu"])
+    for name in ("adapter_model.safetensors", "projector.safetensors"):
+        a, b = (load_file(workshop / folder / "model" / name) for folder in ("dropout", "dropout-on"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.slow

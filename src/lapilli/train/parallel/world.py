@@ -191,7 +191,7 @@ class World:
         head = len(text).to_bytes(_LENGTH_BYTES, "little") + text[: _MESSAGE_BYTES - _LENGTH_BYTES]
         texts, lengths = [], []
         for received in self.bytes_of_all(_padded(head, _MESSAGE_BYTES)):
-            whole = bytes(received.tolist())
+            whole = received.numpy().tobytes()
             lengths.append(int.from_bytes(whole[:_LENGTH_BYTES], "little"))
             texts.append(whole[_LENGTH_BYTES:])
         longest = max(lengths)
