@@ -37,23 +37,7 @@ def save(model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, spec: F
 
 def hf_image_processor(spec: ImageSpec, config: LapilliConfig) -> Any:
     """Return transformers' image processor that makes the pixels `spec` describes."""
-    height, width = spec.tile_size
-    fields: dict[str, Any] = {
-        "do_resize": spec.size is not None or spec.shortest_edge is not None,
-        "resample": spec.resample,
-        "do_center_crop": spec.crop is not None,
-        "crop_size": {"height": height, "width": width},
-        "do_rescale": True,
-        "rescale_factor": spec.rescale,
-        "do_normalize": True,
-        "image_mean": list(spec.mean),
-        "image_std": list(spec.std),
-        "do_convert_rgb": True,
-    }
-    if spec.size is not None:
-        fields["size"] = {"height": spec.size[0], "width": spec.size[1]}
-    elif spec.shortest_edge is not None:
-        fields["size"] = {"shortest_edge": spec.shortest_edge}
+    fields = spec.processor_config()
     layout = config.image_layout
     if layout.mode == "anyres":
         from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil

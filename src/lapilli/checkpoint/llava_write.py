@@ -133,22 +133,4 @@ def tower_fields(config: LapilliConfig) -> dict[str, Any]:
 
 def tower_processor(spec: ImageSpec) -> dict[str, Any]:
     """preprocessor_config.json beside it; padding and tiles are the checkpoint's own settings."""
-    height, width = spec.tile_size
-    made: dict[str, Any] = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": spec.size is not None or spec.shortest_edge is not None,
-        "resample": spec.resample,
-        "do_center_crop": spec.crop is not None,
-        "crop_size": {"height": height, "width": width},
-        "do_rescale": True,
-        "rescale_factor": spec.rescale,
-        "do_normalize": True,
-        "image_mean": list(spec.mean),
-        "image_std": list(spec.std),
-        "do_convert_rgb": True,
-    }
-    if spec.size is not None:
-        made["size"] = {"height": spec.size[0], "width": spec.size[1]}
-    elif spec.shortest_edge is not None:
-        made["size"] = {"shortest_edge": spec.shortest_edge}
-    return made
+    return {"image_processor_type": "CLIPImageProcessor", **spec.processor_config()}

@@ -89,6 +89,27 @@ class ImageSpec(BaseModel):
         red, green, blue = (min(255, max(0, int(m * 255))) for m in self.mean)
         return red, green, blue
 
+    def processor_config(self) -> dict[str, Any]:
+        """The settings of transformers' image processors that make one tile so; `from_processor_config` reads them."""
+        height, width = self.tile_size
+        made: dict[str, Any] = {
+            "do_resize": self.size is not None or self.shortest_edge is not None,
+            "resample": self.resample,
+            "do_center_crop": self.crop is not None,
+            "crop_size": {"height": height, "width": width},
+            "do_rescale": True,
+            "rescale_factor": self.rescale,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "do_convert_rgb": True,
+        }
+        if self.size is not None:
+            made["size"] = {"height": self.size[0], "width": self.size[1]}
+        elif self.shortest_edge is not None:
+            made["size"] = {"shortest_edge": self.shortest_edge}
+        return made
+
     @classmethod
     def from_processor_config(
         cls, config: Mapping[str, Any], mode: ImageMode, backend: Literal["exact", "fast"] = "exact"
