@@ -110,7 +110,9 @@ def run_transformers(work: Path, questions: list[dict[str, Any]], batch: int) ->
     began = time.perf_counter()
     for start in range(0, len(questions), batch):
         part = questions[start : start + batch]
-        chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q["text"]}]}] for q in part]
+        chats = [
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\n" + q["text"]}]}] for q in part
+        ]
         texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
         pictures = [PIL.Image.open(work / "images" / q["image"]).convert("RGB") for q in part]
         inputs = processor(text=texts, images=pictures, return_tensors="pt", padding=True)
