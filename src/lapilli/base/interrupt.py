@@ -1,11 +1,15 @@
-"""SIGINT and SIGTERM as a wish to stop: what is under way is finished and saved, so that it can go on.
+"""SIGINT, SIGTERM and SIGUSR1 as a wish to stop: what is under way is finished and saved, so that it can go on.
 
-A second SIGINT stops at once, for a user who does not want to wait.
+SIGUSR1 is what batch systems are asked to send some minutes before they end a job. A second SIGINT stops at once, for a
+user who does not want to wait.
 """
 
 import signal
 import threading
 from types import FrameType, TracebackType
+
+WISHES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask for an orderly stop. A command that obeyed one ends with status 128 + its number: 130, 143, 138."""
 
 
 class StopWish:
@@ -17,7 +21,7 @@ class StopWish:
 
     def __enter__(self) -> "StopWish":
         if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {s: signal.signal(s, self._note) for s in WISHES}
         return self
 
     def __exit__(
@@ -29,4 +33,4 @@ class StopWish:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
+        self.signal = self.signal or signal.Signals(number).name

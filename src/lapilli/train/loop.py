@@ -85,7 +85,7 @@ class Loop:
                 shares = self.world.exchange(self._share(step, wish))
             signals = [share["signal"] for share in shares if share["signal"]]
             if signals or step is None:
-                wish.signal = wish.signal or signals[0]
+                wish.signal = signals[0] if signals else wish.signal  # the same for all: it is their exit status
                 return
             whole = StepTotals.sum(StepTotals(**share["totals"]) for share in shares)
             if not whole.micro_batches:

@@ -96,6 +96,7 @@ def _train(
                 say(f"stopped by an error after step {loop.done}, which is saved; the same command goes on from there")
             raise
     if loop.done < ready.total_steps:
+        world.exchange(None)  # nobody leaves, and has a launcher end the others, before all is written
         say(f"stopped by {wish.signal} after step {loop.done}; the same command goes on from there")
         return Outcome(loop.done, ready.total_steps, wish.signal)
 
