@@ -15,9 +15,10 @@ from lapilli.base.errors import DataError
 from lapilli.data.doctor.diagnosis import Diagnosis
 from lapilli.data.doctor.examine import examine
 from lapilli.data.doctor.record import Decode
+from lapilli.recipe.files import check_files
 from lapilli.recipe.load import LoadedRecipe
 from lapilli.recipe.schema import Stage
-from lapilli.train.reading import Reading, check_files, limits, read_corpus, read_description, reading
+from lapilli.train.reading import Reading, limits, read_corpus, read_description, reading
 
 
 @dataclass(frozen=True)

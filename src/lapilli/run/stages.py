@@ -12,12 +12,13 @@ from typing import TextIO
 
 from lapilli.assemble.skeleton import skeleton
 from lapilli.base.errors import RecipeError, RunError
+from lapilli.recipe.files import check_files
 from lapilli.recipe.load import LoadedRecipe
 from lapilli.recipe.schema import Stage
 from lapilli.run.evaluation import follow
 from lapilli.train.folder import is_finished, open_folder
 from lapilli.train.parallel.world import World, open_world
-from lapilli.train.reading import check_files, read_corpus, read_description, reading
+from lapilli.train.reading import read_corpus, read_description, reading
 from lapilli.train.run import Outcome, train_stage
 from lapilli.train.setup import Say, describe_corpus, describe_parts, make_trainable
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lapilli.assemble.folder import FolderSpec, read_spec
 from lapilli.assemble.load import load, model_folder
-from lapilli.base.errors import DataError, RecipeError, RunError
+from lapilli.base.errors import RecipeError, RunError
 from lapilli.base.layout import ImageLayout, ImageMode
 from lapilli.data.cache import index_root
 from lapilli.data.check import index
@@ -105,25 +105,6 @@ def _named(name: str, tokenizer: PreTrainedTokenizerBase, where: str) -> Templat
         return get_template(name).bind(tokenizer)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
-
-
-def check_files(stages: Sequence[Stage]) -> None:
-    """Raise DataError, naming all of them, for data files and picture folders that are not there.
-
-    Said at once, before the first file is read from end to end.
-    """
-    missing = []
-    for stage in stages:
-        at = f"stage {stage.name}: data" if len(stages) > 1 else "data"
-        for split, sources in (("train", stage.data.train), ("validation", stage.data.validation)):
-            for source in sources:
-                # A pattern over shards is resolved where it is opened.
-                if "{" not in source.path and not Path(source.path).exists():
-                    missing.append(f"{at}.{split}: {source.path}: no such file or folder")
-                if source.images is not None and not Path(source.images).exists():
-                    missing.append(f"{at}.images: {source.images}: no such folder (for pictures of {source.path})")
-    if missing:
-        raise DataError("\n".join(dict.fromkeys(missing)))
 
 
 def read_corpus(

@@ -22,6 +22,7 @@ from lapilli.data.quarantine import Quarantine
 from lapilli.model.adapter import add_lora
 from lapilli.model.freeze import PartCount, apply_freeze, table
 from lapilli.model.vlm import VisionLanguageModel
+from lapilli.recipe.files import check_files
 from lapilli.recipe.schema import Source, Stage
 from lapilli.train.device.choose import Device, choose_device
 from lapilli.train.folder import RunFolder, open_folder
@@ -31,7 +32,7 @@ from lapilli.train.optimizer import build_optimizer, parameter_groups
 from lapilli.train.parallel.choose import engine_name, make_engine
 from lapilli.train.parallel.single import Single
 from lapilli.train.parallel.world import ALONE, World
-from lapilli.train.reading import Reading, check_files, limits, read_corpus, read_description, reading
+from lapilli.train.reading import Reading, limits, read_corpus, read_description, reading
 
 Say = Callable[[str], None]
 
