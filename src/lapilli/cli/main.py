@@ -18,6 +18,7 @@ from lapilli.base.errors import LapilliError, nearest
 VERBS = {
     "build": ("lapilli.cli.build", "Join a vision encoder and a language model into a model folder."),
     "train": ("lapilli.cli.train", "Train a model as a recipe says."),
+    "launch": ("lapilli.cli.launch", "Start a run in several processes: here, by SLURM, or in a cloud."),
     "chat": ("lapilli.cli.chat", "Talk with a model about pictures, in the terminal."),
     "serve": ("lapilli.cli.serve", "Serve models over HTTP, as OpenAI's API."),
     "data": ("lapilli.cli.data", "Look at data as it will be trained."),

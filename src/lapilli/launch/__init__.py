@@ -1,0 +1,1 @@
+"""Starting runs: several processes here, a SLURM job, a SkyPilot task."""
