@@ -14,6 +14,7 @@ from lapilli.data.image import ImageSpec, normalise
 from lapilli.data.sample import IGNORE, Batch
 from lapilli.model.vlm import VisionLanguageModel
 
+IDLE_TOKENS = 8
 LOGITS_AT_ONCE = 2**25
 """Logits held at one time, in numbers: 128 MiB in fp32, and as much again for their gradient."""
 
@@ -26,18 +27,21 @@ class LossModule(nn.Module):
         self.model = model
         self.image = image
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch, pictures: bool | None = None) -> torch.Tensor:
         """Return the sum () of fp32 losses of a Batch that is on the model's device.
 
-        A Batch without supervised tokens gives a zero without gradient.
+        What a Batch does not need is left out: one without supervised tokens gives a zero without gradient. Where
+        processes hold parts of each other's weights, all of them must take the same way. `pictures` is for them: any
+        Batch goes through the whole language model, and with True also through vision encoder and projector. What it
+        does not need adds nothing to the loss and gets gradients of zero.
         """
         # labels[t] is token t itself; it is predicted from the state of position t - 1 of the same Example.
         targets_at = (batch.labels != IGNORE).nonzero().flatten()
-        if len(targets_at) == 0:
+        if pictures is None and len(targets_at) == 0:
             return batch.labels.new_zeros((), dtype=torch.float32)
         weights = None if batch.weights is None else batch.weights[targets_at]
         model, keep, targets = self.model, targets_at - 1, batch.labels[targets_at]
-        embeds = model.embed(batch.input_ids, self._features(batch))
+        embeds = model.embed(batch.input_ids, self._features(batch, pictures or False))
         kind = embeds.device.type
         if torch.is_autocast_enabled(kind):
             # The layers' sums then stay in bf16 from end to end, as in the original's runs, and attention gets its
@@ -49,12 +53,27 @@ class LossModule(nn.Module):
         states = model.hidden_states(embeds, batch.position_ids, batch.cu_seqlens)
         return self._loss_of_states(states.index_select(0, keep), targets, weights)
 
-    def _features(self, batch: Batch) -> torch.Tensor | None:
-        if not batch.images:
+    def idle_batch(self) -> Batch:
+        """A Batch on the CPU of a few tokens of which none is supervised, for a process that has nothing left to do."""
+        token = 1 if self.model.config.image_token_id == 0 else 0
+        tokens = torch.full((IDLE_TOKENS,), token)
+        bounds = torch.tensor([0, IDLE_TOKENS], dtype=torch.int32)
+        return Batch(tokens, torch.full_like(tokens, IGNORE), torch.arange(IDLE_TOKENS), bounds)
+
+    def _features(self, batch: Batch, pictures: bool) -> torch.Tensor | None:
+        if batch.images:
+            (pixels,) = batch.images.values()
+            tiles = normalise(pixels.tiles, self.image)
+            return self.model.encode_images(tiles, pixels.tiles_per_image, pixels.sizes)
+        if not pictures:
             return None
-        (pixels,) = batch.images.values()
-        tiles = normalise(pixels.tiles, self.image)
-        return self.model.encode_images(tiles, pixels.tiles_per_image, pixels.sizes)
+        layout, device = self.model.layout, batch.input_ids.device
+        width, height = layout.tile_width, layout.tile_height
+        count = layout.tiles(width, height)
+        blank = torch.zeros(count, 3, height, width, dtype=torch.uint8, device=device)
+        sizes = torch.tensor([[width, height]], device=device)
+        features = self.model.encode_images(normalise(blank, self.image), torch.tensor([count], device=device), sizes)
+        return features[:0]  # no place in the text, and yet a way for gradients
 
     def _loss_of_states(
         self, states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None

@@ -28,7 +28,6 @@ from lapilli.train.device.choose import Device, choose_device
 from lapilli.train.folder import RunFolder, open_folder
 from lapilli.train.loss import LossModule
 from lapilli.train.monitor import compact
-from lapilli.train.optimizer import build_optimizer, parameter_groups
 from lapilli.train.parallel.choose import engine_name, make_engine
 from lapilli.train.parallel.single import Single
 from lapilli.train.parallel.world import ALONE, World
@@ -101,7 +100,7 @@ def prepare(
     engine = make_engine(engine_wanted, LossModule(loaded.model, how.spec.image), world)
     if not world.first:  # after new weights were drawn, the same everywhere: dropout differs
         torch.manual_seed(stage.run.seed + world.rank)
-    optimizer = build_optimizer(parameter_groups(engine.trained(), stage.train), stage.train)
+    optimizer = engine.optimizer(stage.train)
     return Prepared(
         stage, folder, device, how, loaded, corpus, validation, loader, engine, optimizer, parts, total_steps
     )

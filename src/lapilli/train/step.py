@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 
 import torch
-from torch import nn
 
 from lapilli.base.errors import RunError
 from lapilli.data.sample import Batch
@@ -82,14 +81,16 @@ def accumulate(
 
     `whole` is the step on all processes, if these are not all of its micro-batches.
     """
+    weights = loss_weights([b.weight for b in batches], reduction, whole)
     losses: list[torch.Tensor] = []
-    for batch, weight in zip(batches, loss_weights([b.weight for b in batches], reduction, whole), strict=True):
+    for number, (batch, pictures) in enumerate(engine.level(batches)):
         with autocast:
-            total = engine.module(batch.to(device))
-        loss = total * weight
+            total = engine.module(batch.to(device), pictures)
+        loss = total * (weights[number] if number < len(weights) else 0.0)
         if loss.requires_grad:
             engine.backward(loss)
-        losses.append(loss.detach())
+        if number < len(batches):
+            losses.append(loss.detach())
     return torch.stack(losses).tolist() if losses else []
 
 
@@ -110,25 +111,14 @@ def train_step(
     names the samples.
     """
     whole = StepTotals.of(batches) if whole is None else whole
-    parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.zero_grad(set_to_none=True)
-    with engine.world.together():
+    engine.clear(optimizer)
+    with engine.passing():
         losses = accumulate(engine, batches, train.loss_reduction, device, autocast, whole)
-        loss = _finite_sum(engine.world, losses, batches, where)
-    for parameter in parameters:
-        # A part that saw nothing (the projector in a step of text) has a zero gradient, so that Adam's momentum and
-        # weight decay act on it in every step, as they do in the original and under DDP.
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    engine.complete(parameters)
-    norm = engine.gradient_norm(parameters)
-    grad_norm = float(norm)
+    loss = _finite_sum(engine.world, losses, batches, where)
+    grad_norm = engine.update(optimizer, train.max_grad_norm)
     if not math.isfinite(grad_norm):
         ids = ", ".join(i for ids in engine.world.exchange([i for b in batches for i in b.ids]) for i in ids)
         raise RunError(f"{where}: the gradient norm is {grad_norm} (no weight was changed); samples: {ids}")
-    if train.max_grad_norm is not None:
-        engine.clip(parameters, train.max_grad_norm, norm)
-    optimizer.step()
     return StepResult(loss, grad_norm, whole.tokens, whole.supervised, whole.samples)
 
 

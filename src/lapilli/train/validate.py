@@ -12,19 +12,24 @@ def validation_loss(ready: Prepared) -> float:
     The processes of a run share the data.
     """
     assert ready.validation is not None
-    model, world = ready.loaded.model, ready.engine.world
+    model, engine, world = ready.loaded.model, ready.engine, ready.engine.world
     total, count = 0.0, 0.0
     model.eval()
     sources = ready.stage.data.validation
     with world.together():
         loader = training_loader(ready.stage, ready.how, ready.validation, sources, order="sequential", world=world)
-        for step in loader:
-            for batch in step.batches:
+        steps = iter(loader)
+    for _ in range(len(loader)):
+        with world.together():
+            passes = engine.level(next(steps).batches)
+        with engine.passing():
+            for batch, pictures in passes:
                 with ready.device.autocast(ready.stage.run.precision):
-                    loss = ready.engine.module(batch.to(ready.device.device))
+                    loss = engine.module(batch.to(ready.device.device), pictures)
                 total += float(loss)
                 count += batch.weight
-        training_mode(model)
-        parts = world.exchange([total, count])
+    training_mode(model)
+    engine.resting()
+    parts = world.exchange([total, count])
     total, count = (sum(column) for column in zip(*parts, strict=True))
     return total / count if count else 0.0

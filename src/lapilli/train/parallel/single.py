@@ -1,15 +1,21 @@
 """One process, one device: the engine that every other one must agree with.
 
 An engine wraps the LossModule from outside the model and does what depends on how gradients and weights are laid out:
-backward passes, the norm of all gradients, and tensors by their canonical names for checkpoints.
+which passes each process makes, backward passes, the optimiser and its step, and tensors by their canonical names for
+checkpoints.
 """
 
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
+from lapilli.data.sample import Batch
+from lapilli.recipe.schema import Train
 from lapilli.train.loss import LossModule
+from lapilli.train.optimizer import build_optimizer, parameter_groups
 from lapilli.train.parallel.world import ALONE, World
 
 
@@ -27,9 +33,61 @@ class Single:
         """The trainable parameters under their canonical names: those of the model, without wrappers."""
         return ((name, p) for name, p in self._model.named_parameters() if p.requires_grad)
 
+    intact = True
+    """Whether the processes can still send each other weights; after an error in the middle of a pass some can't."""
+
+    def optimizer(self, train: Train) -> torch.optim.Optimizer:
+        """Build the optimiser over `trained`."""
+        return build_optimizer(parameter_groups(self.trained(), train), train)
+
+    def clear(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forget the gradients of the step before."""
+        optimizer.zero_grad(set_to_none=True)
+
+    def level(self, batches: Sequence[Batch]) -> list[tuple[Batch, bool | None]]:
+        """The passes that this process makes for its part of a step: what LossModule takes, its own Batches first.
+
+        Where weights are split, all processes call it together, and all make as many passes of the same kind.
+        """
+        return [(batch, None) for batch in batches]
+
+    def passing(self) -> AbstractContextManager[None]:
+        """Around forward and backward passes: an error inside ends all processes, whatever the others are doing."""
+        return self.world.together()
+
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of `loss`, already normalised over the whole step."""
         loss.backward()
+
+    def update(self, optimizer: torch.optim.Optimizer, max_norm: float | None) -> float:
+        """Complete the gradients, clip them to `max_norm` and step; return their norm before clipping.
+
+        With a norm that is not finite, no weight is changed. All processes call it together.
+        """
+        parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+        for parameter in parameters:
+            # A part that saw nothing (the projector in a step of text) has a zero gradient, so that Adam's momentum and
+            # weight decay act on it in every step, as they do in the original and under DDP.
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.complete(parameters)
+        norm = self.gradient_norm(parameters)
+        value = float(norm)
+        if math.isfinite(value):
+            if max_norm is not None:
+                self.clip(parameters, max_norm, norm)
+            optimizer.step()
+        return value
+
+    def resting(self) -> None:
+        """After passes without a backward one: give back what was gathered for them, and show the trained weights."""
+
+    def whole_model(self) -> AbstractContextManager[None]:
+        """Inside, the first process may run the model by itself, as it stands. All processes enter and leave it."""
+        return nullcontext()
+
+    def collect(self) -> None:
+        """Put the whole model into the first process, to be exported; no step follows. All processes call it."""
 
     def complete(self, parameters: Sequence[nn.Parameter]) -> None:
         """Add up, after the last backward pass of a step, the gradients of all processes. Every parameter has one."""
