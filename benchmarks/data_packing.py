@@ -84,13 +84,13 @@ def measure_classical(steps: Sequence[np.ndarray], lengths: np.ndarray, ranks: i
 
 
 def measure_shapes(
-    steps: Sequence[np.ndarray], lengths: np.ndarray, pictures: np.ndarray, shapes: Sequence[Shape], what: str
+    steps: Sequence[np.ndarray], columns: Sequence[np.ndarray], shapes: Sequence[Shape], what: str
 ) -> None:
-    """Static shapes on one device."""
+    """Static shapes on one device; `columns` are lengths, pictures and supervised tokens."""
     padded, seconds, used = [], 0.0, set()
     for step in steps:
-        given = lengths[step].tolist()
-        batches, took = timed(plan_shapes, given, pictures[step].tolist(), shapes)
+        given, *more = (column[step].tolist() for column in columns)
+        batches, took = timed(plan_shapes, given, *more, shapes)
         padded.append(padding(given, batches))
         used |= {batch.shape for batch in batches}
         seconds += took
@@ -110,6 +110,8 @@ def main() -> None:
         lengths, pictures = (np.load(given.index / f"{name}.npy").astype(np.int64) for name in ("lengths", "pictures"))
     else:
         lengths, pictures = llava_like(given.samples, 0)
+    # Of text, two tokens in three are supervised.
+    columns = lengths, pictures, np.maximum(1, (lengths - 576 * pictures) * 2 // 3)
     costs = np.array(sample_costs(lengths, pictures, given.image_cost))
     low, middle, high = np.percentile(lengths, [1, 50, 99]).astype(int)
     print(
@@ -123,10 +125,10 @@ def main() -> None:
         measure_ranks(shuffled, lengths, costs, ranks, given.budget)
     measure_classical(shuffled, lengths, 8, 4)
     for count in (2, 4, 8):
-        shapes = choose_shapes(lengths, pictures, given.budget, count)
-        measure_shapes(shuffled, lengths, pictures, shapes, "shuffled")
+        shapes = choose_shapes(*columns, given.budget, count)
+        measure_shapes(shuffled, columns, shapes, "shuffled")
     grouped = steps_of(len(lengths), given.step, lengths, pictures, "length_groups")
-    measure_shapes(grouped, lengths, pictures, choose_shapes(lengths, pictures, given.budget, 8), "length_groups")
+    measure_shapes(grouped, columns, choose_shapes(*columns, given.budget, 8), "length_groups")
     for size in (128, 4096):
         lists = [lengths[start : start + size].tolist() for start in range(0, len(lengths) - size + 1, size)]
         seconds = sum(timed(plan_step, one, given.budget)[1] for one in lists)

@@ -4,6 +4,7 @@ The shapes are chosen once for a corpus, from its lengths alone; each step is th
 that as little as possible is computed for nothing. Nothing here reads a sample or touches a device.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,14 +12,22 @@ import numpy as np
 
 from lapilli.base.errors import DataError, RecipeError
 
+SPARE_TARGETS = 1.25
+"""Room for supervised tokens over what full rows have on average: batches are seldom cut short for want of it."""
+
+Counts = Sequence[int] | np.ndarray
+"""One number per sample."""
+
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """A padded batch: `rows` sequences of `length` tokens, and room for `pictures` pictures."""
+    """A padded batch: `rows` sequences of `length` tokens, with room for `pictures` pictures, and for `targets` tokens
+    that give a loss."""
 
     length: int
     rows: int
     pictures: int
+    targets: int
 
     @property
     def tokens(self) -> int:
@@ -35,22 +44,20 @@ class PaddedBatch:
 
 
 def choose_shapes(
-    lengths: Sequence[int] | np.ndarray,
-    pictures: Sequence[int] | np.ndarray,
-    budget_tokens: int,
-    count: int,
-    *,
-    multiple: int = 64,
+    lengths: Counts, pictures: Counts, supervised: Counts, budget_tokens: int, count: int, *, multiple: int = 64
 ) -> tuple[Shape, ...]:
-    """Choose at most `count` shapes of at most `budget_tokens` tokens for samples of these lengths (n,) in tokens.
+    """Choose at most `count` shapes of at most `budget_tokens` tokens for samples of these lengths (n,) in tokens, of
+    which `supervised` (n,) give a loss.
 
     Lengths are multiples of `multiple`, and those for which padding each sample to the next one adds the fewest tokens.
-    Each shape has as many rows as the budget allows, and room for a picture per row, or for all of the sample of its
-    length that has the most. Raises RecipeError if the longest sample, rounded up, is over the budget.
+    Each shape has as many rows as the budget allows. It has room for a picture per row, or for all of the sample of its
+    length that has the most, or for none where no sample of its length has any; and for somewhat more than the
+    supervised tokens that its rows have on average, or for all of one sample. Raises RecipeError if the longest sample,
+    rounded up, is over the budget.
     """
     if count < 1 or multiple < 1:
         raise ValueError("count and multiple are at least 1")
-    given, images = np.asarray(lengths, dtype=np.int64), np.asarray(pictures, dtype=np.int64)
+    given, images, targets = (np.asarray(one, dtype=np.int64) for one in (lengths, pictures, supervised))
     if not len(given):
         return ()
     rounded = -(-given // multiple)
@@ -64,7 +71,11 @@ def choose_shapes(
     for start, end in zip([-1, *ends], ends, strict=False):
         inside = (rounded > start) & (rounded <= end)
         rows = budget_tokens // (end * multiple)
-        shapes.append(Shape(end * multiple, rows, max(rows, int(images[inside].max()))))
+        most = int(images[inside].max())
+        usual = math.ceil(float(targets[inside].mean()) * rows * SPARE_TARGETS)
+        room = -(-max(usual, int(targets[inside].max()), 1) // multiple) * multiple
+        shape = Shape(end * multiple, rows, max(rows, most) if most else 0, min(room, rows * end * multiple))
+        shapes.append(shape)
     assert len(shapes) <= count
     return tuple(shapes)
 
@@ -94,8 +105,10 @@ def _best_cuts(histogram: np.ndarray, count: int) -> list[int]:
     return [int(present[i]) for i in reversed([*cuts, last])]
 
 
-def plan_shapes(lengths: Sequence[int], pictures: Sequence[int], shapes: Sequence[Shape]) -> list[PaddedBatch]:
-    """Cut one step, given by lengths in tokens and pictures, into batches of the given shapes.
+def plan_shapes(
+    lengths: Sequence[int], pictures: Sequence[int], supervised: Sequence[int], shapes: Sequence[Shape]
+) -> list[PaddedBatch]:
+    """Cut one step, given by lengths in tokens, pictures and supervised tokens, into batches of the given shapes.
 
     Every position comes exactly once; neighbours in length share a batch. Among all such plans the one that computes
     the fewest positions is returned, costliest batches first. Raises DataError for a sample that fits no shape.
@@ -107,13 +120,14 @@ def plan_shapes(lengths: Sequence[int], pictures: Sequence[int], shapes: Sequenc
         options = []
         for shape in shapes:
             if lengths[order[i]] <= shape.length:
-                stop = _fill(order, i, pictures, shape)
+                stop = _fill(order, i, pictures, supervised, shape)
                 if stop > i:
                     options.append((shape.tokens + best[stop][0], stop, shape))
         if not options:
+            one = order[i]
             raise DataError(
-                f"example {order[i]} of the step: {lengths[order[i]]:,} tokens and {pictures[order[i]]} pictures fit "
-                f"no shape; the largest is {max(shapes, default=None)}"
+                f"example {one} of the step: {lengths[one]:,} tokens, {pictures[one]} pictures and {supervised[one]:,} "
+                f"supervised tokens fit no shape; the largest is {max(shapes, default=None)}"
             )
         best[i] = min(options, key=lambda option: (option[0], option[1]))
     batches, i = [], 0
@@ -126,12 +140,13 @@ def plan_shapes(lengths: Sequence[int], pictures: Sequence[int], shapes: Sequenc
     return sorted(batches, key=lambda batch: -batch.shape.tokens)
 
 
-def _fill(order: Sequence[int], start: int, pictures: Sequence[int], shape: Shape) -> int:
+def _fill(order: Sequence[int], start: int, pictures: Sequence[int], supervised: Sequence[int], shape: Shape) -> int:
     """Where a batch of this shape that starts with the `start`-th longest sample is full."""
-    stop, images = start, 0
+    stop, images, targets = start, 0, 0
     while stop < len(order) and stop - start < shape.rows:
         images += pictures[order[stop]]
-        if images > shape.pictures:
+        targets += supervised[order[stop]]
+        if images > shape.pictures or targets > shape.targets:
             break
         stop += 1
     return stop

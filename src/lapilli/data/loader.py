@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from lapilli.base.errors import DataError, RecipeError
+from lapilli.data.buckets import PaddedBatch, Shape, plan_shapes
 from lapilli.data.corpus import Corpus
 from lapilli.data.encode import Encoder
 from lapilli.data.image import ImageLimits, ImageSpec, open_image, to_tiles
@@ -29,8 +30,10 @@ from lapilli.data.mixture import epoch_samples, epoch_size
 from lapilli.data.order import epoch_order
 from lapilli.data.pack import ExampleTooLong, pack
 from lapilli.data.quarantine import BadRecord, Quarantine
-from lapilli.data.ranks import plan_consecutive, plan_ranks, sample_costs
+from lapilli.data.ranks import deal, plan_consecutive, plan_ranks, sample_costs
+from lapilli.data.rows import fill_rows
 from lapilli.data.sample import Batch, Example, ImageSlot
+from lapilli.data.steps import Step, StepPlan
 
 PREFETCH = 4
 """Micro-batches that each worker holds ready."""
@@ -40,47 +43,16 @@ _DEATH = "DataLoader worker (pid"
 """How torch's message about a dead worker begins; it has no exception class of its own."""
 
 
-@dataclass(frozen=True)
-class StepPlan:
-    """What a step is made of: `samples` in order, those of them that are this rank's `own`, and its micro-batches.
-
-    All are numbers in the corpus; a mixture may visit one more than once. All ranks have as many micro-batches: an
-    empty one keeps a rank in step that has nothing left to do.
-    """
-
-    step: int
-    epoch: int
-    samples: tuple[int, ...]
-    own: tuple[int, ...]
-    micro_batches: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimiser step's data. `wait_seconds` is how long the consumer waited for it.
-
-    `samples` are those of all ranks, `ids` name those planned for this one; Samples in quarantine are in none of the
-    `batches`, and `bad` names the ones found in this step.
-    """
-
-    step: int
-    epoch: int
-    samples: tuple[int, ...]
-    ids: tuple[str, ...]
-    batches: list[Batch]
-    wait_seconds: float
-    bad: tuple[BadRecord, ...] = ()
-
-
 class TrainLoader:
     """An iterable of the Steps `start_step` to `total_steps` - 1 of a run over a corpus.
 
     Step k is Samples [k * G, (k + 1) * G) of its epoch's order, G being `global_batch_size`; the last, shorter window
     of an epoch is a step of its own. An epoch visits each Sample as often as its source's entry in `weights` says
     (default: once). Micro-batches are packed by `tokens_per_micro_batch`, or are `micro_batch_size` consecutive
-    Samples; `ranks` loaders, of which this is number `rank`, share each step by cost: tokens, and `image_cost_tokens`
-    for each picture. A Step is a pure function of (corpus, these settings, seed, k): not of `workers`, `start_step`,
-    or any random state; its Samples are the same for any number of ranks.
+    Samples; with `shapes` they are padded to one of these, and a rank that has nothing left gets padding alone, so that
+    all run as many. `ranks` loaders, of which this is number `rank`, share each step by cost: tokens, and
+    `image_cost_tokens` for each picture. A Step is a pure function of (corpus, these settings, seed, k): not of
+    `workers`, `start_step`, or any random state; its Samples are the same for any number of ranks.
 
     `workers` processes are forked (0: everything happens in this process).
     `encoder` serves all sources, or is one for each. With a `quarantine`, a Sample that can't be read leaves a hole in
@@ -109,10 +81,13 @@ class TrainLoader:
         rank: int = 0,
         ranks: int = 1,
         image_cost_tokens: float = 0.0,
+        shapes: Sequence[Shape] = (),
     ) -> None:
         if (tokens_per_micro_batch is None) == (micro_batch_size is None):
             raise ValueError("give one of tokens_per_micro_batch and micro_batch_size")
-        self.corpus = corpus
+        if shapes and micro_batch_size is not None:
+            raise ValueError("micro-batches of so many consecutive Samples have no fixed shapes")
+        self.corpus, self.shapes = corpus, tuple(sorted(shapes))
         self.weights = weights
         self.samples_per_epoch = len(corpus) if weights is None else epoch_size(corpus.sources, weights)
         self.rank, self.ranks, self.image_cost_tokens = rank, ranks, image_cost_tokens
@@ -142,6 +117,8 @@ class TrainLoader:
         epoch, place = divmod(step, self.steps_per_epoch)
         start = place * self.global_batch_size
         samples = self._epoch_order(epoch)[start : start + self.global_batch_size]
+        if self.shapes:
+            return self._plan_shapes(step, epoch, samples)
         if self.micro_batch_size is not None:
             bins = plan_consecutive(len(samples), self.micro_batch_size, self.ranks)
         else:
@@ -153,6 +130,17 @@ class TrainLoader:
         own = tuple(numbers[i] for i in sorted(i for b in bins[self.rank] for i in b))
         micro_batches = tuple(tuple(numbers[i] for i in b) for b in bins[self.rank])
         return StepPlan(step, epoch, tuple(numbers), own, micro_batches)
+
+    def _plan_shapes(self, step: int, epoch: int, samples: np.ndarray) -> StepPlan:
+        index, numbers = self.corpus.index, samples.tolist()
+        columns = (column[samples].tolist() for column in (index.lengths, index.pictures, index.supervised))
+        planned = plan_shapes(*columns, self.shapes)
+        costs = [one.shape.tokens + self.image_cost_tokens * one.shape.pictures for one in planned]
+        nothing = PaddedBatch((), self.shapes[0])
+        mine = [nothing if i is None else planned[i] for i in deal(costs, self.ranks)[self.rank]]
+        own = tuple(numbers[i] for i in sorted(i for one in mine for i in one.positions))
+        micro_batches = tuple(tuple(numbers[i] for i in one.positions) for one in mine)
+        return StepPlan(step, epoch, tuple(numbers), own, micro_batches, tuple(one.shape for one in mine))
 
     def __iter__(self) -> Iterator[Step]:
         batches = self._batches()
@@ -166,7 +154,8 @@ class TrainLoader:
             if self.quarantine is not None:
                 bad = self.quarantine.add(b for one in made for b in one.bad)
             filled = [one.batch for one in made if one.batch is not None]
-            if not filled and plan.own and self.ranks == 1:  # else other ranks may have samples left
+            # Where there are other ranks, they may have samples left.
+            if not any(batch.ids for batch in filled) and plan.own and self.ranks == 1:
                 raise DataError(
                     f"step {step + 1}: none of its {len(plan.own)} samples can be read, among them "
                     f"{self.corpus.where(plan.own[0])}; `lapilli data check` lists what is wrong"
@@ -251,9 +240,9 @@ class _MicroBatches:
     def __init__(self, loader: TrainLoader) -> None:
         self.loader = loader
 
-    def __iter__(self) -> Iterator[tuple[int, ...]]:
+    def __iter__(self) -> Iterator[tuple[tuple[int, ...], Shape | None]]:
         for step in range(self.loader.start_step, self.loader.total_steps):
-            yield from self.loader.plan(step).micro_batches
+            yield from self.loader.plan(step).orders()
 
 
 @dataclass(frozen=True)
@@ -273,7 +262,7 @@ class _Made:
 
 
 class _Work(Dataset[Any]):
-    """What a worker does: numbers of Samples in, one Batch out."""
+    """What a worker does: numbers of Samples, and perhaps a shape, in; one Batch out."""
 
     def __init__(
         self,
@@ -288,13 +277,14 @@ class _Work(Dataset[Any]):
         # The Sample that each worker has in hand, -1 for none: all that is left of one that is killed.
         self._in_hand = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
 
-    def __getitem__(self, samples: Sequence[int]) -> _Made | _Failure:
+    def __getitem__(self, order: tuple[Sequence[int], Shape | None]) -> _Made | _Failure:
         info = get_worker_info()
         worker = 0 if info is None else info.id
         examples: list[Example] = []
         tiles: list[torch.Tensor] = []
         ids: dict[int, str] = {}
         bad: list[BadRecord] = []
+        samples, shape = order
         for i in samples:
             self._in_hand[worker] = i
             known = None if self.quarantine is None else self.quarantine.found.get(i)
@@ -313,7 +303,15 @@ class _Work(Dataset[Any]):
             examples.append(example)
             tiles += pictures
         self._in_hand[worker] = -1
-        return _Made(pack(examples, tiles) if examples else None, ids, tuple(bad))
+        return _Made(self._lay_out(examples, tiles, shape), ids, tuple(bad))
+
+    def _lay_out(self, examples: list[Example], tiles: list[torch.Tensor], shape: Shape | None) -> Batch | None:
+        if shape is None:
+            return pack(examples, tiles) if examples else None
+        layout = self.encoders[0].layout
+        assert layout is not None
+        size = layout.tile_height, layout.tile_width
+        return fill_rows(examples, tiles, shape, tile_size=size, tokens_per_picture=layout.tokens_per_tile)
 
     def _read(self, i: int) -> tuple[Example, list[torch.Tensor]]:
         example, root = self.corpus.example(i, self.encoders), self.corpus.root(i)

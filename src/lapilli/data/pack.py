@@ -225,5 +225,10 @@ def _weights(examples: Sequence[Example], labels: np.ndarray) -> torch.Tensor | 
     """Weights (T,) of the labels; None if every one counts 1."""
     if all(example.weights is None for example in examples):
         return None
-    parts = [np.ones(e.length, dtype=np.float32) if e.weights is None else e.weights for e in examples]
-    return torch.from_numpy(np.where(labels == IGNORE, 0.0, np.concatenate(parts)).astype(np.float32))
+    parts = np.concatenate([example_weights(example) for example in examples])
+    return torch.from_numpy(np.where(labels == IGNORE, 0.0, parts).astype(np.float32))
+
+
+def example_weights(example: Example) -> np.ndarray:
+    """How much each label (T,) of an Example counts."""
+    return np.ones(example.length, dtype=np.float32) if example.weights is None else example.weights

@@ -125,12 +125,32 @@ class Pixels:
 
 
 @dataclass(slots=True)
+class Places:
+    """What stands where in a Batch of a fixed shape, in lists of fixed length, so that no device has to look for it.
+
+    The Batch is `rows` sequences of equal length; `filled` of its T positions belong to Examples. `features` (F,) int64
+    is the position of each image feature, T for those of padding. A supervised token is predicted from the state at
+    `states` (S,) int64, is token `targets` (S,) int64 and counts `weights` (S,) float32, 0 where it is padding.
+    """
+
+    rows: int
+    filled: int
+    features: torch.Tensor
+    states: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass(slots=True)
 class Batch:
     """Several Examples laid end to end: one micro-batch.
 
     `input_ids`, `labels`, `position_ids` are (T,) int64, positions restarting with each Example; `cu_seqlens` (N+1,)
     int32 holds where Examples begin and end; `ids` names the N Examples; `images` maps encoder name to Pixels;
     `weights` (T,) float32 says how much each label counts; None: all count 1.
+
+    With `places` it has a fixed shape: each Example begins a row, the rows are what `cu_seqlens` bounds, and T counts
+    padding too.
     """
 
     input_ids: torch.Tensor
@@ -140,10 +160,12 @@ class Batch:
     images: dict[str, Pixels] = field(default_factory=dict)
     ids: tuple[str, ...] = ()
     weights: torch.Tensor | None = None
+    places: Places | None = None
 
     @property
     def tokens(self) -> int:
-        return int(self.input_ids.shape[0])
+        """Positions that belong to Examples."""
+        return int(self.input_ids.shape[0]) if self.places is None else self.places.filled
 
     @property
     def supervised(self) -> int:
@@ -155,9 +177,21 @@ class Batch:
         """What the summed loss is divided by: the supervised positions, each as much as it counts."""
         return float(self.supervised) if self.weights is None else float(self.weights.double().sum())
 
+    def supervision(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return the positions (S,) of the states that predict a token, these tokens (S,) and their weights (S,).
+
+        `labels[t]` is token t itself; it is predicted from the state of position t - 1 of the same Example. Weights
+        are None where all count 1.
+        """
+        if self.places is not None:
+            return self.places.states, self.places.targets, self.places.weights
+        at = (self.labels != IGNORE).nonzero().flatten()
+        return at - 1, self.labels[at], None if self.weights is None else self.weights[at]
+
     def to(self, device: torch.device | str) -> Batch:
         """Return this Batch with every tensor on `device`."""
         move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+        p = self.places
         return Batch(
             move(self.input_ids),
             move(self.labels),
@@ -166,4 +200,7 @@ class Batch:
             {k: Pixels(move(p.tiles), move(p.tiles_per_image), move(p.sizes)) for k, p in self.images.items()},
             self.ids,
             None if self.weights is None else move(self.weights),
+            None
+            if p is None
+            else Places(p.rows, p.filled, move(p.features), move(p.states), move(p.targets), move(p.weights)),
         )

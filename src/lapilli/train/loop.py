@@ -14,15 +14,17 @@ from typing import Any, TextIO
 from lapilli.base.errors import DataError
 from lapilli.base.interrupt import StopWish
 from lapilli.base.progress import Progress
-from lapilli.data.loader import Step
 from lapilli.data.quarantine import BadRecord
+from lapilli.data.steps import Step
+from lapilli.train.checkpoints import Checkpoints
 from lapilli.train.left_out import list_left_out
 from lapilli.train.metrics import MetricsFile
 from lapilli.train.monitor import Monitor, computed_positions
 from lapilli.train.optimizer import set_learning_rate
+from lapilli.train.precision import Audit
 from lapilli.train.schedule import factor
 from lapilli.train.setup import Prepared
-from lapilli.train.state import State, checkpoint_folder, prune, save_state
+from lapilli.train.state import State
 from lapilli.train.step import StepTotals, train_step
 from lapilli.train.validate import validation_loss
 
@@ -35,17 +37,27 @@ class Loop:
     """The steps of a run. `done` counts them."""
 
     def __init__(
-        self, ready: Prepared, metrics: MetricsFile | None, facts: dict[str, Any], done: int, evaluate: Evaluate | None
+        self,
+        ready: Prepared,
+        metrics: MetricsFile | None,
+        checkpoints: Checkpoints,
+        facts: dict[str, Any],
+        done: int,
+        evaluate: Evaluate | None,
     ) -> None:
-        self.ready, self.metrics, self.facts, self.done, self.evaluate = ready, metrics, facts, done, evaluate
+        self.ready, self.metrics, self.checkpoints, self.evaluate = ready, metrics, checkpoints, evaluate
+        self.facts, self.done = facts, done
         self.world = ready.engine.world
         self.monitor = Monitor(ready.total_steps)
         self.saved = done
+        self.validated: float | None = None
+        """The validation loss after the last step, if that was computed."""
 
     def run(self, wish: StopWish, stream: TextIO | None) -> None:
         """Train until the last step, or until asked to stop; the state is saved either way."""
         ready, train = self.ready, self.ready.stage.train
         ready.loader.start_step = self.done
+        audit = Audit(ready.loaded.model, ready.stage.run.precision)
         with Progress("step", ready.total_steps, stream=stream) as progress:
             progress.update(self.done)
             began = time.perf_counter()
@@ -56,20 +68,22 @@ class Loop:
                     if self.world.first:
                         list_left_out(ready)
                 row = self._step(step, whole, positions, began)
-                self.done = row["step"]
+                for line in audit.lines():
+                    progress.write(line)
+                self.done, self.validated = row["step"], None
                 last = self.done == ready.total_steps
                 if ready.validation is not None and (last or _due(self.done, train.validate_every)):
-                    row["validation_loss"] = validation_loss(ready)
+                    row["validation_loss"] = self.validated = validation_loss(ready)
                     progress.write(f"step {self.done}  validation loss {row['validation_loss']:.4f}")
                 if self.evaluate is not None:
                     row |= self._scores(self.evaluate, last, progress, wish)
                 if self.metrics is not None:
                     self.metrics.append(row)
                 progress.update(self.done, self.monitor.text())
-                if last or _due(self.done, train.save_every):
+                if last or _due(self.done, train.save_every) or self._among_the_best():
                     self.save()
                 began = time.perf_counter()
-        self.save()
+        self.finish_saving()
 
     def _steps(self, wish: StopWish) -> Iterator[tuple[Step, StepTotals, int]]:
         """The steps to come, what they hold on all processes, and the positions computed for that.
@@ -81,6 +95,7 @@ class Loop:
             if self.world.size == 1 and wish.signal:
                 return
             with self.world.together():
+                self.checkpoints.check()
                 step = _next(steps, wish)
                 shares = self.world.exchange(self._share(step, wish))
             signals = [share["signal"] for share in shares if share["signal"]]
@@ -156,12 +171,20 @@ class Loop:
         ready = self.ready
         if self.metrics is not None:
             self.metrics.make_durable()
-        folder = checkpoint_folder(ready.folder.checkpoints, self.done)
         bad = () if ready.loader.quarantine is None else tuple(ready.loader.quarantine.found.values())
-        save_state(folder, State(self.done, self.facts, bad), ready.engine, ready.optimizer, ready.device)
-        if self.world.first:
-            prune(ready.folder.checkpoints, ready.stage.train.keep_checkpoints)
+        self.checkpoints.save(State(self.done, self.facts, bad, self.validated))
         self.saved = self.done
+
+    def _among_the_best(self) -> bool:
+        """Whether the step just done is one that `train.keep_best` keeps, as far as losses are known."""
+        return self.validated is not None and self.checkpoints.would_keep(self.validated)
+
+    def finish_saving(self) -> None:
+        """Write the state after the last step, and wait until it is written."""
+        self.save()
+        with self.world.together():
+            self.checkpoints.wait()
+            self.world.exchange(None)
 
 
 def _next(steps: Iterator[Step], wish: StopWish) -> Step | None:
