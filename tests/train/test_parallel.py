@@ -226,7 +226,7 @@ def test_two_processes_go_on_bit_for_bit(workshop, together):
     assert together["dropout, from two"][0]["step"] == 3
     whole, rest = (read_metrics(workshop / name / "metrics.jsonl") for name in ("dropout", "dropout-on"))
     assert [(row["loss"], row["grad_norm"]) for row in whole[2:]] == [(row["loss"], row["grad_norm"]) for row in rest]
-    states = load_file(workshop / "dropout/checkpoints/step-000002/random-00001.safetensors")
+    states = load_file(workshop / "dropout/checkpoints/step-000002/random.safetensors")
     assert set(states) == {"cpu", "process-1.cpu"}
     assert not torch.equal(states["cpu"], states["process-1.cpu"])
     for name in ("adapter_model.safetensors", "projector.safetensors"):

@@ -40,30 +40,48 @@ def write_json(path: str | Path, value: Any) -> None:
     atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+class Draft:
+    """A folder that is being written under a temporary name, `path`, to be published under its own, or discarded.
+
+    For writers that begin and end it in different places; `atomic_folder` is the same in one.
+    """
+
+    def __init__(self, place: str | Path, *, replace: bool = False, marker: bool = False) -> None:
+        self.place, self._replace, self._marker = Path(place), replace, marker
+        if not replace:
+            refuse_taken(place)
+        self.place.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.place.parent, self.place.name)
+        self.path = _aside(self.place, _TEMPORARY)
+        self.path.mkdir()
+
+    def publish(self) -> None:
+        """Make all of it durable and give it its name; with a marker if that was asked for."""
+        flush(self.path)
+        if self._marker:
+            atomic_write(self.path / MARKER, "")
+        _switch(self.path, self.place, self._replace)
+        _sync(self.place.parent)
+
+    def discard(self) -> None:
+        """Remove what was written, if it has not been published."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
 @contextmanager
 def atomic_folder(path: str | Path, *, replace: bool = False, marker: bool = False) -> Iterator[Path]:
     """Yield an empty folder to fill; on success it takes the name `path`, durable, with `MARKER` inside if asked.
 
     After an exception nothing is left of it, and what stood at `path` stands. What a killed writer left is removed by
-    the next one. With `replace`, an older folder stays
-    until the new one is durable. Raises RunError if `path` is taken and `replace` is false.
+    the next one. With `replace`, an older folder stays until the new one is durable. Raises RunError if `path` is taken
+    and `replace` is false.
     """
-    path = Path(path)
-    if not replace:
-        refuse_taken(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent, path.name)
-    aside = _aside(path, _TEMPORARY)
-    aside.mkdir()
+    draft = Draft(path, replace=replace, marker=marker)
     try:
-        yield aside
-        flush(aside)
-        if marker:
-            atomic_write(aside / MARKER, "")
-        _switch(aside, path, replace)
+        yield draft.path
+        draft.publish()
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    _sync(path.parent)
+        draft.discard()
 
 
 def is_complete(path: str | Path) -> bool:

@@ -209,6 +209,9 @@ class Train(Section):
     """Steps between checkpoints; null: at the end only."""
     keep_checkpoints: Positive = 1
     """Older checkpoints are deleted when a newer one is complete."""
+    keep_best: Annotated[int, Field(ge=0)] = 0
+    """So many checkpoints with the smallest validation loss stay beside the newest; a step whose validation loss is
+    among them is always saved. `checkpoints/best.json` names the best."""
 
     @field_validator("freeze", mode="before")
     @classmethod
@@ -244,9 +247,18 @@ class Run(Section):
     """How several processes, started by torchrun or SLURM, train together: `ddp` has the whole model in each of them.
     `auto` is `single` for one process, else `ddp`."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16 holds trained weights in fp32 and computes in bf16; frozen weights are held in bf16."""
+    """bf16 holds trained weights in fp32 and computes in bf16; frozen weights are held in bf16. What was really computed
+    is printed after the first step."""
+    tf32: bool = False
+    """Let CUDA round the inputs of fp32 matrix products to TF32; without meaning elsewhere, which is said."""
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    """What computes attention: PyTorch's variable-length FlashAttention-2 (CUDA, bf16), its
+    scaled_dot_product_attention, or plain matrix products. `auto` takes the first that can."""
     seed: int = 42
     """Of the sample order, of new weights and of dropout."""
+    checkpoints: Literal["async", "sync"] = "async"
+    """`async`: the state is copied to the CPU and written while training goes on; `sync`: training waits for it, which
+    needs no memory for a copy."""
     deterministic: bool = False
     """Bit-for-bit repeatable on the same machine with the same number of threads; slower."""
     threads: Positive | None = None

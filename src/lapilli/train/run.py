@@ -22,6 +22,7 @@ from lapilli.base.interrupt import StopWish
 from lapilli.base.version import VERSION
 from lapilli.recipe.resolved import resolved_yaml
 from lapilli.recipe.schema import Stage
+from lapilli.train.checkpoints import Checkpoints
 from lapilli.train.finish import export
 from lapilli.train.folder import MANIFEST, only_writer, open_folder, refuse_differences, run_facts
 from lapilli.train.left_out import list_left_out
@@ -30,7 +31,8 @@ from lapilli.train.metrics import MetricsFile, read_metrics
 from lapilli.train.parallel.world import ALONE, ProcessLost, World
 from lapilli.train.report import write_report
 from lapilli.train.setup import Prepared, Say, prepare
-from lapilli.train.state import load_tensors, read_state
+from lapilli.train.state import read_state, set_random
+from lapilli.train.tensors import Saved
 
 
 @dataclass(frozen=True)
@@ -84,17 +86,21 @@ def _train(
     with world.together():
         done = _go_on(ready, facts, say)
         world.from_first(lambda: _begin_folder(ready, origins, facts))
-    with StopWish() as wish, MetricsFile(ready.folder.metrics, done) if world.first else nullcontext() as metrics:
-        loop = Loop(ready, metrics, facts, done, evaluate)
+    with (
+        StopWish() as wish,
+        MetricsFile(ready.folder.metrics, done) if world.first else nullcontext() as metrics,
+        _checkpoints(ready) as checkpoints,
+    ):
+        loop = Loop(ready, metrics, checkpoints, facts, done, evaluate)
         try:
             loop.run(wish, stream)
         except ProcessLost:
             raise
         except LapilliError:
-            loop.save()
-            if loop.done:
-                say(f"stopped by an error after step {loop.done}, which is saved; the same command goes on from there")
+            _save_what_is_done(loop, say)
             raise
+    if checkpoints.saved:
+        say(f"{checkpoints.saved} checkpoints saved; training stood still {checkpoints.waited_seconds:.1f} s for them")
     if loop.done < ready.total_steps:
         world.exchange(None)  # nobody leaves, and has a launcher end the others, before all is written
         say(f"stopped by {wish.signal} after step {loop.done}; the same command goes on from there")
@@ -108,6 +114,32 @@ def _train(
         world.from_first(finish)
     say(f"done: {ready.folder.model}")
     return Outcome(loop.done, ready.total_steps)
+
+
+def _checkpoints(ready: Prepared) -> Checkpoints:
+    stage = ready.stage
+    return Checkpoints(
+        ready.folder.checkpoints,
+        ready.engine,
+        ready.optimizer,
+        ready.device,
+        background=stage.run.checkpoints == "async",
+        keep=stage.train.keep_checkpoints,
+        keep_best=stage.train.keep_best,
+    )
+
+
+def _save_what_is_done(loop: Loop, say: Say) -> None:
+    """Save the last good step of a run that an error ends, if that is still possible."""
+    try:
+        loop.finish_saving()
+    except ProcessLost:
+        raise
+    except LapilliError as error:  # a full disk, say: what stopped the run is raised, and this is said beside it
+        say(str(error))
+    else:
+        if loop.done:
+            say(f"stopped by an error after step {loop.done}, which is saved; the same command goes on from there")
 
 
 def _plan(ready: Prepared) -> str:
@@ -132,7 +164,8 @@ def _go_on(ready: Prepared, facts: dict[str, Any], say: Say) -> int:
     if folder.resume_from is not None:
         state = read_state(folder.resume_from)
         refuse_differences(state.facts, facts, str(folder.resume_from))
-        load_tensors(folder.resume_from, ready.engine, ready.optimizer, ready.device)
+        ready.engine.load_state(Saved(folder.resume_from), ready.optimizer)
+        set_random(folder.resume_from, ready.engine.world.rank, ready.device)
         done = state.step
         if ready.loader.quarantine is not None:
             ready.loader.quarantine.add(state.bad)

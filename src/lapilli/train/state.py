@@ -1,41 +1,47 @@
 """The state of a run, apart from its model: what a run needs to go on as if it had never stopped.
 
-A checkpoint folder holds the trained weights, the optimiser's tensors and the random generators' states in safetensors
-under the model's own parameter names, and everything else in `state.json`. No pickle is written or read. The names say
-nothing of device or engine, so that another engine can gather to and scatter from the same files. A folder is written
-aside, made durable and renamed; without its completion marker it is never loaded.
+    checkpoints/step-000120/
+      weights/, optimizer/, average/   tensors under the model's own names, as safetensors, a file or more per process
+      random.safetensors               the states of random numbers of every process
+      state.json                       everything else, and the size of every file
+      .complete                        written last: without it, the folder is never loaded
+
+No pickle is written or read. The names say nothing of device, engine or number of processes, so that another engine
+can go on from the same files. How they are written is told in `checkpoints.py`.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from lapilli.base import atomic
 from lapilli.base.errors import RunError
 from lapilli.data.quarantine import BadRecord
 from lapilli.train.device.choose import Device
-from lapilli.train.parallel.single import Single
 from lapilli.train.parallel.world import World
-from lapilli.train.tensors import read_tensors, write_tensors
 
-FORMAT = 1
+FORMAT = 2
+_CONTENT = "state.json"
+_RANDOM = "random.safetensors"
 _NAME = "step-"
 
 
 @dataclass(frozen=True)
 class State:
-    """What stands in `state.json`: the optimiser steps done, the facts that a resumed run must share, and the records
-    found bad so far.
+    """What stands in `state.json`: the optimiser steps done, the facts that a resumed run must share, the records found
+    bad so far, and the validation loss after the last step, if that was computed.
     """
 
     step: int
     facts: dict[str, Any]
     bad: tuple[BadRecord, ...] = ()
+    validation_loss: float | None = None
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
@@ -48,32 +54,12 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix(_NAME)))
 
 
-def save_state(folder: Path, state: State, engine: Single, optimizer: torch.optim.Optimizer, device: Device) -> None:
-    """Write a checkpoint at `folder`, durable and complete, or raise and leave nothing.
-
-    All processes call it, and the first one writes. Raises RunError, naming the folder, when the disk refuses; the
-    checkpoints before it stay good.
-    """
-    world = engine.world
-    with world.together():
-        random = _random_of_all(world, device)
-        world.from_first(lambda: _write(folder, state, engine, optimizer, random))
-
-
-def _write(
-    folder: Path, state: State, engine: Single, optimizer: torch.optim.Optimizer, random: dict[str, torch.Tensor]
-) -> None:
-    try:
-        with atomic.atomic_folder(folder, replace=True, marker=True) as draft:
-            write_tensors(draft, "weights", engine.trained())
-            write_tensors(draft, "optimizer", _optimizer_tensors(engine, optimizer))
-            write_tensors(draft, "random", random.items())
-            content = {"format": FORMAT, **asdict(state)}
-            (draft / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RunError(
-            f"{folder}: the checkpoint can't be written: {error}; earlier checkpoints are unharmed"
-        ) from error
+def write_state(draft: Path, state: State, random: dict[str, torch.Tensor]) -> None:
+    """Complete a checkpoint's folder, whose tensors are written, with everything else."""
+    save_file(random, draft / _RANDOM)
+    files = {p.relative_to(draft).as_posix(): p.stat().st_size for p in sorted(draft.rglob("*")) if p.is_file()}
+    content = {"format": FORMAT, **asdict(state), "files": files}
+    (draft / _CONTENT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_state(folder: Path) -> State:
@@ -81,42 +67,22 @@ def read_state(folder: Path) -> State:
     if not atomic.is_complete(folder):
         raise RunError(f"{folder}: not a complete checkpoint")
     try:
-        content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        content = json.loads((folder / _CONTENT).read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
-            raise RunError(f"{folder}: written in format {content['format']}; this version reads format {FORMAT}")
-        return State(content["step"], content["facts"], tuple(BadRecord(**one) for one in content.get("bad", ())))
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise RunError(f"{folder}: state.json can't be read: {error!r}") from error
+            raise RunError(
+                f"{folder}: written in format {content['format']}, and this version reads format {FORMAT}; go on with "
+                "the version that wrote it (run.json says which), or start again with another out=..."
+            )
+        for name, size in content["files"].items():
+            if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+                raise RunError(f"{folder / name}: missing or cut short; go on from another checkpoint: --resume FOLDER")
+        bad = tuple(BadRecord(**one) for one in content["bad"])
+        return State(content["step"], content["facts"], bad, content["validation_loss"])
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{folder}: {_CONTENT} can't be read: {error!r}") from error
 
 
-def load_tensors(folder: Path, engine: Single, optimizer: torch.optim.Optimizer, device: Device) -> None:
-    """Put a checkpoint's weights, optimiser tensors and random states in place.
-
-    A process that the checkpoint has no random state of, because there were fewer, gets a new one. Raises RunError if
-    its names or shapes are not those of this run.
-    """
-    trained = dict(engine.trained())
-    missing = set(trained)
-    with torch.no_grad():
-        for name, tensor in read_tensors(folder, "weights"):
-            if name not in trained or tensor.shape != trained[name].shape:
-                raise RunError(f"{folder}: weight {name} {tuple(tensor.shape)} does not fit this run's model")
-            trained[name].copy_(tensor)
-            missing.discard(name)
-    if missing:
-        raise RunError(f"{folder}: lacks {len(missing)} trained weights, among them {min(missing)}")
-    for name, tensor in read_tensors(folder, "optimizer"):
-        owner, _, kind = name.rpartition(".")
-        if owner not in trained:
-            raise RunError(f"{folder}: optimiser tensor {name} belongs to no trained weight")
-        parameter = trained[owner]
-        # As the optimiser itself places them: counters stay where its kernels look for them.
-        on_device = kind != "step" or optimizer.defaults.get("fused")
-        optimizer.state[parameter][kind] = tensor.to(parameter.device) if on_device else tensor
-    _set_random(dict(read_tensors(folder, "random")), engine.world.rank, device)
-
-
-def _random_of_all(world: World, device: Device) -> dict[str, torch.Tensor]:
+def random_of_all(world: World, device: Device) -> dict[str, torch.Tensor]:
     """The random states of all processes; the first one's have no number, as if it were alone."""
     own = {"cpu": torch.get_rng_state(), **device.random_state()}
     return {
@@ -126,7 +92,15 @@ def _random_of_all(world: World, device: Device) -> dict[str, torch.Tensor]:
     }
 
 
-def _set_random(states: dict[str, torch.Tensor], rank: int, device: Device) -> None:
+def set_random(folder: Path, rank: int, device: Device) -> None:
+    """Put a checkpoint's random states in place.
+
+    A process that it has none of, because there were fewer, gets a new one. Raises RunError for a damaged file.
+    """
+    try:
+        states = load_file(folder / _RANDOM)
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{folder / _RANDOM}: can't be read: {error}") from error
     prefix = f"process-{rank}." if rank else ""
     own = {name.removeprefix(prefix): state for name, state in states.items() if name.startswith(prefix)}
     if "cpu" in own:
@@ -135,16 +109,3 @@ def _set_random(states: dict[str, torch.Tensor], rank: int, device: Device) -> N
     else:
         drawn = hashlib.sha256(states["cpu"].numpy().tobytes() + str(rank).encode())
         torch.manual_seed(int.from_bytes(drawn.digest()[:7], "little"))
-
-
-def prune(checkpoints: Path, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints."""
-    for old in complete_checkpoints(checkpoints)[:-keep]:
-        atomic.remove(old)
-
-
-def _optimizer_tensors(engine: Single, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, parameter in engine.trained():
-        for kind, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, torch.Tensor):
-                yield f"{name}.{kind}", value

@@ -12,11 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from lapilli.base.errors import RunError
 from lapilli.data.sample import Batch
 from lapilli.recipe.schema import Train
 from lapilli.train.loss import LossModule
 from lapilli.train.optimizer import build_optimizer, parameter_groups
 from lapilli.train.parallel.world import ALONE, World
+from lapilli.train.tensors import Known, Saved
 
 
 class Single:
@@ -99,3 +101,60 @@ class Single:
     def clip(self, parameters: list[nn.Parameter], max_norm: float, norm: torch.Tensor) -> None:
         """Scale the gradients so that their norm, now `norm`, is at most `max_norm`."""
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+
+    gathers = False
+    """Whether `state` gathers what it yields, so that it is gone when the next one is asked for."""
+
+    def state(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """What a checkpoint holds: (`weights`, canonical name, tensor) and (`optimizer`, `<that name>.<key>`, tensor).
+
+        All processes call it, and go through it, together: names and shapes are the same everywhere. A tensor is a
+        DTensor, of which each process has its shard, or whole and the same everywhere. Plain numbers of the optimiser
+        are given as int64 or float64 tensors ().
+        """
+        for name, parameter in self.trained():
+            yield "weights", name, parameter
+        for name, parameter in self.trained():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor):
+                    yield "optimizer", f"{name}.{key}", value
+                elif isinstance(value, int | float):
+                    number = torch.float64 if isinstance(value, float) else torch.int64
+                    yield "optimizer", f"{name}.{key}", torch.tensor(value, dtype=number)
+
+    def load_weights(self, saved: Saved, kind: str = "weights") -> None:
+        """Put the trained weights of a checkpoint in place. Raises RunError where its names or shapes are others."""
+        trained: dict[str, torch.Tensor] = dict(self.trained())
+        unknown = min(saved.known(kind).keys() - trained.keys(), default=None)
+        if unknown is not None:
+            shape = tuple(saved.known(kind)[unknown].shape)
+            raise RunError(f"{saved.folder}: weight {unknown} {shape} does not fit this run's model, which trains none")
+        saved.load(kind, trained)
+
+    def load_state(self, saved: Saved, optimizer: torch.optim.Optimizer) -> None:
+        """Put the weights and the optimiser's state in place, by whatever engine and number of processes it was saved.
+
+        Raises RunError where names or shapes are not those of this run.
+        """
+        self.load_weights(saved)
+        trained = dict(self.trained())
+        targets: dict[str, torch.Tensor] = {}
+        for name, known in saved.known("optimizer").items():
+            owner, _, key = name.rpartition(".")
+            if owner not in trained:
+                raise RunError(f"{saved.folder}: optimiser tensor {name} belongs to no trained weight")
+            # As the optimiser itself places them: counters stay where its kernels look for them.
+            on_device = key != "step" or optimizer.defaults.get("fused")
+            targets[name] = _like(trained[owner], known, on_device=bool(on_device))
+        saved.load("optimizer", targets)
+        for name, tensor in targets.items():
+            owner, _, key = name.rpartition(".")
+            number = tensor.ndim == 0 and tensor.dtype in (torch.int64, torch.float64)
+            optimizer.state[trained[owner]][key] = tensor.item() if number else tensor
+
+
+def _like(parameter: nn.Parameter, known: Known, *, on_device: bool) -> torch.Tensor:
+    """An empty tensor for the optimiser, laid out as the parameter it belongs to where it has its shape."""
+    if known.shape == parameter.shape and on_device:
+        return torch.empty_like(parameter.detach(), dtype=known.dtype)
+    return torch.empty(known.shape, dtype=known.dtype, device=parameter.device if on_device else "cpu")
