@@ -5,10 +5,14 @@ interface. No mask is ever built: the kernel is given the boundaries. On CUDA, h
 variable-length kernel in one call; elsewhere each segment goes to scaled_dot_product_attention by itself. What a model
 asks of attention beyond the plain form (sliding window, soft-capping, sinks, grouped heads) is honoured here, and an
 argument that is not known here is refused, because ignoring it would silently train another model.
+
+Which kernel computes a segment may be chosen; the function is registered once for each choice, so that the choice goes
+with a model and not with the process.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -16,6 +20,10 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from lapilli.base.errors import ModelError
+
+Kernel = Literal["auto", "flash_attention_2", "sdpa", "eager"]
+"""`flash_attention_2`: all segments in one call of PyTorch's variable-length kernel; `sdpa`: each by
+scaled_dot_product_attention; `eager`: written out. `auto` takes the first that can do what is asked."""
 
 PACKED = "lapilli_packed"
 """Name under which the function is registered, and value of `_attn_implementation` while packed."""
@@ -31,8 +39,14 @@ _IRRELEVANT = frozenset(
 
 
 def register() -> None:
-    """Make `PACKED` known to transformers; calling it again changes nothing."""
-    AttentionInterface.register(PACKED, packed_attention)
+    """Make `PACKED` known to transformers, and its other kernels; calling it again changes nothing."""
+    for kernel in get_args(Kernel):
+        AttentionInterface.register(packed_name(kernel), partial(packed_attention, kernel=kernel))
+
+
+def packed_name(kernel: Kernel) -> str:
+    """Value of `_attn_implementation` for packed attention by this kernel."""
+    return PACKED if kernel == "auto" else f"{PACKED}_{kernel}"
 
 
 def foreign_arguments(kwargs: Mapping[str, Any]) -> set[str]:
@@ -53,13 +67,15 @@ def packed_attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    kernel: Kernel = "auto",
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each segment of a packed sequence.
 
     `query` (1, Hq, T, d), `key` and `value` (1, Hk, T, d), `cu_seq_lens_q` (N+1,) segment boundaries; `sliding_window`
     in tokens; `softcap` bounds the logits by tanh (Gemma 2); `s_aux` (Hq,) are sink logits (gpt-oss). Returns
-    ((1, T, Hq, d), None). Raises ModelError for an argument that would change attention in a way not known here.
+    ((1, T, Hq, d), None). Raises ModelError for an argument that would change attention in a way not known here, and
+    where the `kernel` that is named can't do what is asked.
     """
     foreign = foreign_arguments(kwargs)
     if foreign or attention_mask is not None or cu_seq_lens_q is None:
@@ -67,8 +83,14 @@ def packed_attention(
         raise ModelError(f"packed attention can't serve {type(module).__name__}: it was given {what}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     plain = softcap is None and s_aux is None
-    if plain and dropout == 0 and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(query, key, value, cu_seq_lens_q, scale, sliding_window), None
+    if kernel in ("auto", "flash_attention_2"):
+        why_not = _why_not_varlen(query, plain, dropout)
+        if not why_not:
+            return _varlen(query, key, value, cu_seq_lens_q, scale, sliding_window), None
+        if kernel == "flash_attention_2":
+            raise ModelError(f"run.attention: flash_attention_2 can't serve {type(module).__name__}: {why_not}")
+    if kernel == "sdpa" and not plain:
+        raise ModelError(f"run.attention: sdpa can't serve {type(module).__name__}: {_BEYOND}; use auto or eager")
 
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -79,7 +101,7 @@ def packed_attention(
     parts = (x.split(lengths, dim=2) for x in (query, key, value))
     for length, q, k, v in zip(lengths, *parts, strict=True):
         window = sliding_window if sliding_window is not None and length > sliding_window else None
-        if plain:
+        if plain and kernel != "eager":
             mask = _causal(length, window, q.device) if window is not None else None
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale
@@ -88,6 +110,18 @@ def packed_attention(
             out = _explicit(q, k, v, scale, window, softcap, s_aux, dropout)
         outputs.append(out)
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+_BEYOND = "it caps its logits or adds sinks, which fused kernels don't do"
+
+
+def _why_not_varlen(query: torch.Tensor, plain: bool, dropout: float) -> str:
+    """Why the variable-length kernel can't be used; empty if it can."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return f"it is for half precision on CUDA, not for {str(query.dtype).removeprefix('torch.')} on {query.device}"
+    if not plain:
+        return _BEYOND
+    return "" if dropout == 0 else f"its attention has dropout ({dropout}), which that kernel does not do"
 
 
 def _varlen(

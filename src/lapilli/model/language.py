@@ -57,11 +57,12 @@ def packed_states(
     position_ids: torch.Tensor,
     cu_seqlens: torch.Tensor,
     packing: Packing,
+    kernel: attention.Kernel = "auto",
 ) -> torch.Tensor:
     """Run the layers over a packed sequence: embeds (T, D), position_ids (T,), cu_seqlens (N+1,) -> states (T, D)."""
     base = language_model.base_model
     if packing == "varlen":
-        use_attention(language_model, attention.PACKED)
+        use_attention(language_model, attention.packed_name(kernel))
         return base(
             inputs_embeds=embeds[None],
             position_ids=position_ids[None],
@@ -69,6 +70,8 @@ def packed_states(
             cu_seq_lens_q=cu_seqlens,
             cu_seq_lens_k=cu_seqlens,
         ).last_hidden_state[0]
+    if kernel != "auto":
+        use_attention(language_model, kernel)
     padded, mask = to_padded(embeds, cu_seqlens)
     return base(inputs_embeds=padded, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]
 
@@ -80,10 +83,11 @@ def packed_logits(
     cu_seqlens: torch.Tensor,
     keep: torch.Tensor,
     packing: Packing,
+    kernel: attention.Kernel = "auto",
 ) -> torch.Tensor:
     """As `packed_states`, through the model's own output layer, at positions `keep` (S,): logits (S, V)."""
     if packing == "varlen":
-        use_attention(language_model, attention.PACKED)
+        use_attention(language_model, attention.packed_name(kernel))
         return language_model(
             inputs_embeds=embeds[None],
             position_ids=position_ids[None],
@@ -92,6 +96,8 @@ def packed_logits(
             cu_seq_lens_q=cu_seqlens,
             cu_seq_lens_k=cu_seqlens,
         ).logits[0]
+    if kernel != "auto":
+        use_attention(language_model, kernel)
     padded, mask = to_padded(embeds, cu_seqlens)
     return language_model(inputs_embeds=padded, attention_mask=mask, use_cache=False).logits[mask.bool()][keep]
 

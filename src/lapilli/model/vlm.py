@@ -57,6 +57,8 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         if config.image_newline:
             self.image_newline = nn.Parameter(torch.randn(self.hidden_size) / self.hidden_size**0.5)
         self.layout = config.image_layout
+        self.attention_kernel: attention.Kernel = "auto"
+        """What computes the language model's attention over packed sequences."""
         if not given:
             self.post_init()
 
@@ -140,7 +142,9 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
 
         embeds (T, D), position_ids (T,) restarting with each segment, cu_seqlens (N+1,) int32 -> states (T, D).
         """
-        return language.packed_states(self.language_model, embeds, position_ids, cu_seqlens, self.config.packing)
+        return language.packed_states(
+            self.language_model, embeds, position_ids, cu_seqlens, self.config.packing, self.attention_kernel
+        )
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """Apply the output layer to states (S, D) -> logits (S, V); for models whose `config.head` is `direct`."""
@@ -152,7 +156,9 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         """Logits (S, V) of a packed sequence at positions `keep` (S,), whatever the language model's head."""
         if self.config.head == "direct":
             return self.head(self.hidden_states(embeds, position_ids, cu_seqlens)[keep])
-        return language.packed_logits(self.language_model, embeds, position_ids, cu_seqlens, keep, self.config.packing)
+        return language.packed_logits(
+            self.language_model, embeds, position_ids, cu_seqlens, keep, self.config.packing, self.attention_kernel
+        )
 
     def without_image_token(self, logits: torch.Tensor) -> torch.Tensor:
         """Take the image token out of the running: its logit (last dimension V) becomes -inf.

@@ -31,6 +31,7 @@ from lapilli.train.monitor import compact
 from lapilli.train.parallel.choose import engine_name, make_engine
 from lapilli.train.parallel.single import Single
 from lapilli.train.parallel.world import ALONE, World
+from lapilli.train.precision import settle
 from lapilli.train.reading import Reading, limits, read_corpus, read_description, reading
 
 Say = Callable[[str], None]
@@ -93,7 +94,7 @@ def prepare(
     # 6. The weights; which of them train, at which precision, where.
     loaded = load(str(stage.model), device="cpu", dtype=torch.float32)
     parts = make_trainable(loaded.model, stage, how)
-    _place(loaded, stage, device)
+    settle(loaded.model, stage.run, device, say)
     say(describe_parts(parts))
     # 7. What drives the training, as soon as every process has come so far: the engine sends weights.
     world.exchange(None)
@@ -238,15 +239,6 @@ def training_mode(model: VisionLanguageModel) -> None:
     model.train()
     if not any(p.requires_grad for p in model.vision_encoder.parameters()):
         model.vision_encoder.eval()
-
-
-def _place(loaded: Loaded, stage: Stage, device: Device) -> None:
-    """Move the model; frozen weights are held in the precision they are computed in, trained ones in fp32."""
-    if stage.run.precision == "bf16":
-        for parameter in loaded.model.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)
-    loaded.model.to(device.device)  # type: ignore[arg-type]
 
 
 def describe_corpus(what: str, corpus: Corpus) -> str:

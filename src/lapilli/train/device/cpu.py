@@ -43,6 +43,10 @@ class Cpu:
         """Refuse operations that may differ from run to run."""
         torch.use_deterministic_algorithms(True)
 
+    def use_tf32(self, allowed: bool) -> str:
+        """Return what to tell of a wish that means nothing here; empty where there was none."""
+        return "run.tf32 means nothing on the CPU: fp32 is fp32" if allowed else ""
+
     def peak_memory_bytes(self) -> int:
         """Largest resident memory of this process so far."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -36,6 +36,14 @@ class Cuda:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
+    def use_tf32(self, allowed: bool) -> str:
+        """Let products of fp32 matrices be rounded to TF32, or not. Returns what to tell of it, if anything."""
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        torch.backends.cudnn.allow_tf32 = allowed
+        if allowed and torch.cuda.get_device_capability(self.device) < (8, 0):
+            return f"run.tf32 means nothing on {self.describe()}: TF32 came with compute capability 8.0"
+        return ""
+
     def peak_memory_bytes(self) -> int:
         """Largest memory that PyTorch has held on the device so far."""
         return torch.cuda.max_memory_allocated(self.device)
