@@ -212,6 +212,12 @@ class Train(Section):
     keep_best: Annotated[int, Field(ge=0)] = 0
     """So many checkpoints with the smallest validation loss stay beside the newest; a step whose validation loss is
     among them is always saved. `checkpoints/best.json` names the best."""
+    average_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep a moving average of the trained weights, of which each step leaves this part (0.999, say); it costs 4 bytes
+    for each of them. Null: none is kept."""
+    export: Literal["last", "best", "average"] = "last"
+    """Which weights `model/` holds: the last step's, those with the smallest validation loss (needs `keep_best`), or
+    the moving average (needs `average_decay`)."""
 
     @field_validator("freeze", mode="before")
     @classmethod
@@ -228,6 +234,14 @@ class Train(Section):
             except (re.error, TypeError) as error:
                 raise ValueError(f'"{pattern}" is not a regular expression: {error}') from error
         return value
+
+    @model_validator(mode="after")
+    def _exported(self) -> "Train":
+        if self.export == "best" and not self.keep_best:
+            raise ValueError("export: best needs keep_best: 1 or more")
+        if self.export == "average" and self.average_decay is None:
+            raise ValueError("export: average needs average_decay (0.999, say)")
+        return self
 
     @model_validator(mode="after")
     def _micro_batch(self) -> "Train":
@@ -276,6 +290,12 @@ class Stage(Section):
     data: Data = Data()
     train: Train = Train()
     run: Run = Run()
+
+    @model_validator(mode="after")
+    def _validated(self) -> "Stage":
+        if self.train.keep_best and not self.data.validation:
+            raise ValueError("train.keep_best needs data.validation: it goes by the validation loss")
+        return self
 
 
 class Recipe(Section):

@@ -16,6 +16,7 @@ from lapilli.base.interrupt import StopWish
 from lapilli.base.progress import Progress
 from lapilli.data.quarantine import BadRecord
 from lapilli.data.steps import Step
+from lapilli.train.average import Average
 from lapilli.train.checkpoints import Checkpoints
 from lapilli.train.left_out import list_left_out
 from lapilli.train.metrics import MetricsFile
@@ -41,12 +42,13 @@ class Loop:
         ready: Prepared,
         metrics: MetricsFile | None,
         checkpoints: Checkpoints,
+        average: Average | None,
         facts: dict[str, Any],
         done: int,
         evaluate: Evaluate | None,
     ) -> None:
         self.ready, self.metrics, self.checkpoints, self.evaluate = ready, metrics, checkpoints, evaluate
-        self.facts, self.done = facts, done
+        self.average, self.facts, self.done = average, facts, done
         self.world = ready.engine.world
         self.monitor = Monitor(ready.total_steps)
         self.saved = done
@@ -70,6 +72,8 @@ class Loop:
                 row = self._step(step, whole, positions, began)
                 for line in audit.lines():
                     progress.write(line)
+                if self.average is not None:
+                    self.average.update(row["step"])
                 self.done, self.validated = row["step"], None
                 last = self.done == ready.total_steps
                 if ready.validation is not None and (last or _due(self.done, train.validate_every)):

@@ -22,6 +22,7 @@ from lapilli.base.interrupt import StopWish
 from lapilli.base.version import VERSION
 from lapilli.recipe.resolved import resolved_yaml
 from lapilli.recipe.schema import Stage
+from lapilli.train.average import Average, choose_weights
 from lapilli.train.checkpoints import Checkpoints
 from lapilli.train.finish import export
 from lapilli.train.folder import MANIFEST, only_writer, open_folder, refuse_differences, run_facts
@@ -83,15 +84,17 @@ def _train(
     ready: Prepared, origins: Mapping[str, str], say: Say, stream: TextIO | None, evaluate: Evaluate | None
 ) -> Outcome:
     facts, world = run_facts(ready.stage) | {"data": ready.corpus.index.stamp}, ready.engine.world
+    decay = ready.stage.train.average_decay
+    average = Average(ready.engine, decay) if decay is not None else None
     with world.together():
-        done = _go_on(ready, facts, say)
+        done = _go_on(ready, average, facts, say)
         world.from_first(lambda: _begin_folder(ready, origins, facts))
     with (
         StopWish() as wish,
         MetricsFile(ready.folder.metrics, done) if world.first else nullcontext() as metrics,
-        _checkpoints(ready) as checkpoints,
+        _checkpoints(ready, average) as checkpoints,
     ):
-        loop = Loop(ready, metrics, checkpoints, facts, done, evaluate)
+        loop = Loop(ready, metrics, checkpoints, average, facts, done, evaluate)
         try:
             loop.run(wish, stream)
         except ProcessLost:
@@ -111,12 +114,13 @@ def _train(
         export(ready, say)
 
     with world.together():
+        choose_weights(ready, average, say)
         world.from_first(finish)
     say(f"done: {ready.folder.model}")
     return Outcome(loop.done, ready.total_steps)
 
 
-def _checkpoints(ready: Prepared) -> Checkpoints:
+def _checkpoints(ready: Prepared, average: Average | None) -> Checkpoints:
     stage = ready.stage
     return Checkpoints(
         ready.folder.checkpoints,
@@ -126,6 +130,7 @@ def _checkpoints(ready: Prepared) -> Checkpoints:
         background=stage.run.checkpoints == "async",
         keep=stage.train.keep_checkpoints,
         keep_best=stage.train.keep_best,
+        more=average.state if average is not None else tuple,
     )
 
 
@@ -157,7 +162,7 @@ def _processes(ready: Prepared) -> str:
     return "" if size == 1 else f", {size} processes ({name})"
 
 
-def _go_on(ready: Prepared, facts: dict[str, Any], say: Say) -> int:
+def _go_on(ready: Prepared, average: Average | None, facts: dict[str, Any], say: Say) -> int:
     """Put a checkpoint's state in place if there is one, and return the steps done."""
     folder = ready.folder
     done = 0
@@ -165,6 +170,8 @@ def _go_on(ready: Prepared, facts: dict[str, Any], say: Say) -> int:
         state = read_state(folder.resume_from)
         refuse_differences(state.facts, facts, str(folder.resume_from))
         ready.engine.load_state(Saved(folder.resume_from), ready.optimizer)
+        if average is not None:
+            average.load(Saved(folder.resume_from))
         set_random(folder.resume_from, ready.engine.world.rank, ready.device)
         done = state.step
         if ready.loader.quarantine is not None:

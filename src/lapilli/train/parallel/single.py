@@ -102,6 +102,9 @@ class Single:
         """Scale the gradients so that their norm, now `norm`, is at most `max_norm`."""
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
+    averages = True
+    """Whether `trained` shows the weights themselves, as a moving average of them needs."""
+
     gathers = False
     """Whether `state` gathers what it yields, so that it is gone when the next one is asked for."""
 
