@@ -56,8 +56,8 @@ class Folder:
     def questions(self, records):
         (self.root / "q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
-    def job(self, protocols=("llava", "official"), limit=None, **changes):
-        return open_job(self.task(**changes), self.root, protocols, limit=limit)
+    def job(self, wanted=("llava", "official"), limit=None, **changes):
+        return open_job(self.task(**changes), self.root, wanted, limit=limit)
 
 
 @pytest.fixture

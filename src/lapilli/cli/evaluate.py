@@ -47,6 +47,13 @@ def evaluate(
     ] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers that grow at a time.")] = 32,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one.")] = "auto",
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="A judge model scores tasks that have no scorer: model=gpt-4, url=..., max_cost=... (see the docs).",
+        ),
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Model an adapter was trained on.", metavar="DIR")] = None,
     template: Annotated[str | None, typer.Option(help="Conversation template instead of the model's own.")] = None,
 ) -> None:
@@ -56,7 +63,7 @@ def evaluate(
 
     rank = Rank.from_environment(os.environ)
     protocols = choose_protocols(protocol)
-    jobs = open_jobs(task, data, files or [], protocols, limit)
+    jobs = open_named(task, data, files or [], protocols, limit, judged=judge or [])
     if rank.rank == 0:
         _say(jobs, limit)
 
@@ -88,19 +95,27 @@ def evaluate(
         print_results(results, groups=False)
 
 
-def open_jobs(
-    tasks: Sequence[str], data: str | None, files: Sequence[str], protocols: Sequence[Protocol], limit: int | None
+def open_named(
+    tasks: Sequence[str],
+    data: str | None,
+    files: Sequence[str],
+    protocols: Sequence[Protocol],
+    limit: int | None = None,
+    *,
+    judged: Sequence[str] = (),
+    asking: bool = True,
 ) -> list[Job]:
-    """The tasks that a command line names, their files read and checked. Raises RecipeError or DataError."""
+    """The tasks that a command line names, their files read and checked; `judged` are the settings of a judge, who is
+    to score them. Raises RecipeError or DataError."""
     from pathlib import Path
 
     from lapilli.base.errors import RecipeError
-    from lapilli.evaluate.catalogue import is_own, load_task
+    from lapilli.evaluate.catalogue import is_own, judged_by, load_task
     from lapilli.evaluate.files import read_overrides
-    from lapilli.evaluate.job import open_job
+    from lapilli.evaluate.job import open_jobs
 
     names = list(dict.fromkeys(name for one in tasks for name in one.split(",") if name))
-    loaded = [load_task(name) for name in names]
+    loaded = [judged_by(load_task(name), judged) for name in names]
     alike = {task.name for task in loaded if sum(other.name == task.name for other in loaded) > 1}
     if alike:
         raise RecipeError(f"--task: two tasks are called {', '.join(sorted(alike))}; give one of them another name")
@@ -114,7 +129,7 @@ def open_jobs(
             )
         folder = data if data is not None else str(Path(name).resolve().parent)
         named = read_overrides(files)
-        jobs.append(open_job(task, folder, protocols, named=named, alone=len(loaded) == 1, limit=limit))
+        jobs += open_jobs(task, folder, protocols, named=named, alone=len(loaded) == 1, limit=limit, asking=asking)
     return jobs
 
 

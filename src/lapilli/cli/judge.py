@@ -11,9 +11,10 @@ from typer.core import TyperGroup
 from lapilli.cli.judge_summary import Summary, spread, summary
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lapilli.evaluate.judge.items import Item
     from lapilli.evaluate.judge.run import Judged
-    from lapilli.evaluate.judge.spending import Estimate
 
 
 class _Judge(TyperGroup):
@@ -104,14 +105,17 @@ def judge(
         return
     from lapilli.base.errors import RecipeError, RunError
     from lapilli.evaluate.judge import prompt, run, spending
-    from lapilli.evaluate.judge.endpoint import Endpoint, Patience, check_url
+    from lapilli.evaluate.judge.endpoint import Endpoint, Patience, check_url, read_key
+    from lapilli.evaluate.judge.items import answers_name
+    from lapilli.evaluate.judge.results import forget_judged, write_judged
     from lapilli.evaluate.judge.reviews import Store
+    from lapilli.evaluate.results import RESULTS
 
     if output is None:
         raise RecipeError("--output: name the file that reviews are written to")
     if limit_field not in ("max_tokens", "max_completion_tokens"):
         raise RecipeError(f'--limit-field "{limit_field}": must be max_tokens or max_completion_tokens')
-    items = _items(questions, answers or [], context, rules, task, data, files or [], style)
+    items, name, root = _items(questions, answers or [], context, rules, task, data, files or [], style)
     asking = prompt.Asking(model, _temperature(temperature), max_tokens, limit_field, images)
     asked = prompt.requests(items, asking, both_orders)
     if both_orders and all(item.graded for item in items):
@@ -122,18 +126,28 @@ def judge(
     settings = run.Settings(concurrency, requests_per_minute, price, max_cost, ask_again)
     store = Store(output)
     check_url(url, None)
-    key = None if dry_run else _key(key_env, url)
-    _say(run.preview(asked, asking, settings, store), asking)
+    key = None if dry_run else read_key(key_env, url)
+    for line in spending.in_words(model, run.preview(asked, asking, settings, store)):
+        typer.echo(line, err=True)
     if dry_run:
         return
     about = {"url": url, "model": model, "temperature": asking.temperature, "max_tokens": max_tokens}
     about |= _about(questions, answers or [], context, rules, task, items)
+    forget_judged(store.folder)
     patience = Patience(attempts, timeout, max_wait_seconds=max_wait)
     made = run.judge(asked, asking, Endpoint(url, key, patience), settings, store, about)
     _report(made)
+    whole = not made.failed and made.ended is None
+    if whole:
+        model_name = answers_name((answers or [])[-1], task and name.removesuffix("-judged"))
+        about_model = {"name": model_name, "judge": model}
+        write_judged(store.path, store.folder, task=name, model=about_model, items=items, root=images or root)
+        typer.echo(
+            f"wrote {store.folder / RESULTS}; `lapilli compare` and `lapilli report` take {store.folder}", err=True
+        )
     if made.signal is not None:
         raise typer.Exit(128 + signal.Signals[made.signal].value)
-    if made.failed or made.ended is not None:
+    if not whole:
         left = len(made.failed) + made.unasked
         raise RunError(f"{made.ended or 'not every request was answered'}: {left} of {made.requests} requests have no "
                        "reply; the same command asks them again")  # fmt: skip
@@ -148,23 +162,25 @@ def _items(
     data: str | None,
     files: list[str],
     style: str | None,
-) -> list[Item]:
+) -> tuple[list[Item], str, Path | None]:
+    """What there is to judge, what its results are called, and the folder of its pictures where a task names one."""
     from lapilli.base.errors import RecipeError
-    from lapilli.cli.evaluate import open_jobs
+    from lapilli.cli.evaluate import open_named
     from lapilli.evaluate.judge.items import read_items, task_items
+    from lapilli.evaluate.judge.results import REVIEWED
     from lapilli.evaluate.judge.rules import load_rules
 
     known = load_rules(rules)
     if task is None:
         if questions is None or not answers:
             raise RecipeError("name --questions and --answers A B, or --task NAME and --answers FILE")
-        return read_items(questions, answers, known, context=context, style=style)
+        return read_items(questions, answers, known, context=context, style=style), REVIEWED, None
     if questions is not None or context is not None:
         raise RecipeError("--task brings its own questions and contexts; --files PART=PATH names others")
     if len(answers) != 1:
         raise RecipeError(f"--answers: name one file of answers to task {task}, not {len(answers)}")
-    job = open_jobs([task], data, files, ("official",), None)[0]
-    return task_items(job.task.name, job.questions, answers[0], known, style)
+    (job,) = open_named([task], data, files, ("official",), asking=False)
+    return task_items(job.task.name, job.questions, answers[0], known, style), f"{job.task.name}-judged", job.root
 
 
 def _temperature(text: str) -> float | None:
@@ -179,32 +195,6 @@ def _temperature(text: str) -> float | None:
     if not 0 <= value <= 2:
         raise RecipeError(f'--temperature "{text}": must be a number from 0 to 2, or none')
     return value
-
-
-def _key(name: str, url: str) -> str | None:
-    """The key from the environment. Raises RecipeError, which never shows it."""
-    import os
-    import re
-    from urllib.parse import urlsplit
-
-    from lapilli.base.errors import RecipeError
-    from lapilli.base.http import is_loopback
-
-    if name in ("", "none"):
-        return None
-    if not re.fullmatch(r"[A-Za-z_]\w*", name):  # perhaps the key itself, so it is not repeated
-        raise RecipeError("--key-env: must be the name of an environment variable that holds the key")
-    key = os.environ.get(name, "").strip()
-    if not key:
-        if is_loopback(urlsplit(url).hostname or ""):
-            return None
-        raise RecipeError(
-            "--key-env: the environment variable that should hold the key is not set (default OPENAI_API_KEY); "
-            "--key-env none sends no key"
-        )
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        raise RecipeError("--key-env: what the environment variable holds is no key (spaces or odd characters)")
-    return key
 
 
 def _about(
@@ -227,19 +217,6 @@ def _about(
     used = {item.category or item.style: asdict(item.rule) for item in items}
     paths = {part: Path(path) for part, path in named.items() if path is not None}
     return {"lapilli": __version__, "task": task, "style": items[0].style, "files": digests(paths), "rules": used}
-
-
-def _say(found: Estimate, asking: Any) -> None:
-    typer.echo(
-        f"{asking.model}: {found.requests:,} requests to ask, {found.known:,} answered already; about {found.read:,} "
-        f"tokens to read and {found.written:,} to write (at most {found.written_most:,})"
-        + (f", with {found.pictures:,} pictures taken for 1,000 tokens each" if found.pictures else ""),
-        err=True,
-    )
-    if found.cost is None or found.cost_most is None:
-        typer.echo("no price known: --price-in and --price-out give an estimate", err=True)
-    else:
-        typer.echo(f"about {found.cost:.4f}, at most {found.cost_most:.4f} without retries", err=True)
 
 
 def _report(made: Judged) -> None:

@@ -8,6 +8,9 @@ import typer
 from typer.core import TyperCommand
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from lapilli.evaluate.judge.summary import Interval, Table
 
 
@@ -51,6 +54,10 @@ def summary(
         bool, typer.Option("--plain", help="Print the original's lines alone, by its arithmetic.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Write results too, a folder for each file, for lapilli compare and report."),
+    ] = None,
 ) -> None:
     """Print the original's table of reviews: ratio, first and second score for each category, with intervals."""
     import json
@@ -67,6 +74,8 @@ def summary(
             table = summarise(path, one, organs=organs, ignore=frozenset(ignore or []))
             if table is not None:
                 tables.append(table)
+        if out is not None:
+            _write(path, out, organs, ignore or [])
     if as_json:
         typer.echo(json.dumps([asdict(table) for table in tables], indent=2))
     elif plain:
@@ -75,9 +84,25 @@ def summary(
         _print_tables(tables)
 
 
+def _write(path: Path, out: str, organs: Mapping[str, str] | None, ignore: list[str]) -> None:
+    from pathlib import Path
+
+    from lapilli.base.errors import RecipeError
+    from lapilli.evaluate.judge.results import REVIEWED, write_judged
+    from lapilli.evaluate.judge.summary import config_name
+
+    if ignore:
+        raise RecipeError("--out: results are of every question; leave out --ignore")
+    folder = Path(out) / config_name(path)
+    write_judged(path, folder / REVIEWED, task=REVIEWED, model={"name": config_name(path)}, organs=organs)
+    typer.echo(f"wrote {folder}; `lapilli compare` and `lapilli report` take it", err=True)
+
+
 def _print_tables(tables: list[Table]) -> None:
     from rich.console import Console
     from rich.table import Table as Grid
+
+    from lapilli.evaluate.judge.summary import table_notes
 
     console = Console(highlight=False)
     for names, table in _distinct(tables):
@@ -96,7 +121,7 @@ def _print_tables(tables: list[Table]) -> None:
                 numbers = (_number(row.ratio), _between(row.ratio_interval), _number(row.first), _number(row.second))
             grid.add_row(row.name, *numbers, f"{row.questions:,}")
         console.print(grid)
-        for note in _table_notes(table):
+        for note in table_notes(table):
             console.print(f"note: {note}", soft_wrap=True, markup=False)
 
 
@@ -111,19 +136,6 @@ def _distinct(tables: list[Table]) -> list[tuple[str, Table]]:
         else:
             found.append((table.protocol, table))
     return found
-
-
-def _table_notes(table: Table) -> list[str]:
-    notes = [f"{count} reviews can't be read: {reason}" for reason, count in sorted(table.unreadable.items())]
-    if table.left_out:
-        notes.append(f"{table.left_out} questions are in no mean")
-    if (effect := table.order) is not None:
-        notes.append(
-            f"order: an answer gets {effect.advantage:+.2f} points of 10 for standing first (95 % interval "
-            f"{_between(effect.interval)}); another answer wins in the other order for {effect.changed} of "
-            f"{effect.questions} questions"
-        )
-    return [*notes, *table.notes]
 
 
 def _number(value: float | None) -> str:

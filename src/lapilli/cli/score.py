@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lapilli.cli.evaluate import open_jobs
+from lapilli.cli.evaluate import open_named
 from lapilli.cli.evaluate_table import choose_protocols, print_results
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -31,6 +31,13 @@ def score(
     out: Annotated[
         str | None, typer.Option(metavar="DIR", help="Write results and submission files there, in a folder per task.")
     ] = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="A judge model scores a task that has no scorer: model=..., url=... (see the docs).",
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What tables call the model. Default: as its answers do.")] = None,
 ) -> None:
     """Score answers files: ours, the original's answers.jsonl, or any with an id and a text per line."""
@@ -38,6 +45,6 @@ def score(
 
     from lapilli.evaluate.run import score as run
 
-    job = open_jobs([task], data, files or [], choose_protocols(protocol), None)[0]
+    (job,) = open_named([task], data, files or [], choose_protocols(protocol), judged=judge or [], asking=False)
     made = run(job, [Path(file) for file in answers], out, allow_missing, name)
     print_results([made])

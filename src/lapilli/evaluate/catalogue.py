@@ -5,6 +5,7 @@ A task is checked completely when it is read: keys, the names of its parts, and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from lapilli.base.errors import RecipeError, unknown
+from lapilli.evaluate.judge.options import JUDGE, JUDGED, read_settings
 from lapilli.evaluate.readers import READERS
 from lapilli.evaluate.registry import Entry, unknown_options
 from lapilli.evaluate.scorers import SCORERS
@@ -56,6 +58,26 @@ def load_task(name: str) -> Task:
     return task
 
 
+def judged_by(task: Task, settings: Sequence[str]) -> Task:
+    """The task with a judge to score it, or with some of its judge's settings changed: `name=value` texts.
+
+    Raises RecipeError for a setting that is not known or not of its kind, and for a task that has another scorer.
+    """
+    if not settings:
+        return task
+    if task.scorer not in (None, JUDGE):
+        raise RecipeError(
+            f"--judge: task {task.name} is scored by {task.scorer}; a judge is for tasks without a scorer"
+        )
+    given = read_settings(settings)
+    options = {**task.options, JUDGE: {**task.options.get(JUDGE, {}), **given}}
+    headline = task.headline if task.scorer == JUDGE else JUDGED
+    made = task.model_copy(update={"scorer": JUDGE, "headline": headline, "options": options})
+    if wrong := _problems(made):
+        raise RecipeError("\n".join(f"--judge, task {task.name}: {line}" for line in wrong))
+    return made
+
+
 def is_own(name: str) -> bool:
     """Whether this names a user's YAML file, not a task that comes with lapilli."""
     return name.endswith((".yaml", ".yml"))
@@ -66,6 +88,8 @@ def read_task(text: str, source: str) -> Task:
     document = parse(text, source).value
     if not isinstance(document, dict):
         raise RecipeError(f"{source}: a task is a mapping of keys: {', '.join(Task.model_fields)}")
+    if document.get("scorer") == JUDGE:
+        document = {"headline": JUDGED, **document}
     try:
         task = Task.model_validate(document)
     except ValidationError as error:
@@ -94,8 +118,10 @@ def _problems(task: Task) -> list[str]:
             wrong.append(f"{key}: {unknown(key, name, registry)}")
     if not wrong:
         wrong += [f"options: {line}" for line in unknown_options(task.options, parts(task))]
+        wrong += [f"options.{line}" for part in parts(task) if part.faults for line in part.faults(task.options)]
         for protocol, options in task.protocols.items():
             wrong += [f"protocols.{protocol}: {line}" for line in unknown_options(options, parts(task))]
+            wrong += [f"protocols.{protocol}.{line}" for p in parts(task) if p.faults for line in p.faults(options)]
     for part in sorted(task.optional - set(task.files)):
         wrong.append(f'optional: "{part}" is not one of its files ({", ".join(task.files)})')
     if not task.name or any(c in task.name for c in "/\\ ,") or task.name.startswith("."):

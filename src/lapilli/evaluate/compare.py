@@ -1,20 +1,30 @@
 """Two models on the same questions: how far apart, and whether that could be chance.
 
-Scores that are means are compared question by question; a headline that is no mean (an F1, a sum over categories) by
-its values under the same bootstrap resamples, which two evaluations of the same questions share.
+Scores that are means are compared question by question, and so are ratios of sums (a judge's relative score); another
+headline that is no mean (an F1, a sum over categories) by its values under the same bootstrap resamples, which two
+evaluations of the same questions share.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lapilli.base.errors import DataError
 from lapilli.evaluate.records import examples
-from lapilli.evaluate.results import Results, read_items, read_resamples, read_results, result_folders
-from lapilli.evaluate.statistics import Difference, paired, paired_resamples
+from lapilli.evaluate.results import (
+    Results,
+    read_items,
+    read_ratios,
+    read_resamples,
+    read_results,
+    result_folders,
+)
+from lapilli.evaluate.statistics import Difference, paired, paired_ratios, paired_resamples
 
 
 @dataclass(frozen=True)
@@ -69,12 +79,19 @@ def _compare(left: Path, right: Path, first: Results, second: Results, protocol:
             notes.append("not the same questions were scored, and the headline is no mean: not compared")
         elif a is not None and b is not None:
             difference = paired_resamples(a, b, values_a, values_b, len(order_a))
+    elif (first_parts := read_ratios(left, protocol)) and (second_parts := read_ratios(right, protocol)):
+        difference = _paired(first_parts, second_parts, notes, paired_ratios)
     else:
-        difference = _paired(read_items(left, protocol), read_items(right, protocol), notes)
+        difference = _paired(read_items(left, protocol), read_items(right, protocol), notes, paired)
     return Comparison(first.task, protocol, headline, first.higher_is_better, a, b, difference, "; ".join(notes))
 
 
-def _paired(a: dict[str, float], b: dict[str, float], notes: list[str]) -> Difference | None:
+def _paired(
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    notes: list[str],
+    test: Callable[[np.ndarray, np.ndarray], Difference],
+) -> Difference | None:
     shared = [name for name in a if name in b]
     if not shared:
         notes.append("no question was scored on both sides: not compared")
@@ -82,7 +99,7 @@ def _paired(a: dict[str, float], b: dict[str, float], notes: list[str]) -> Diffe
     alone = [name for name in (*a, *b) if name not in a or name not in b]
     if alone:
         notes.append(f"{examples(alone, 'question', 'questions')} scored on one side only, left out of the difference")
-    return paired(np.array([a[name] for name in shared]), np.array([b[name] for name in shared]))
+    return test(np.array([a[name] for name in shared]), np.array([b[name] for name in shared]))
 
 
 def _other_data(first: Results, second: Results) -> list[str]:

@@ -5,10 +5,12 @@ Whatever is wrong with the data is said here, in seconds, with counts and first 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lapilli.base.errors import DataError
 from lapilli.data.archive import open_archive, split_path
@@ -16,7 +18,9 @@ from lapilli.data.picture import resolve
 from lapilli.evaluate.files import locate
 from lapilli.evaluate.readers import READERS
 from lapilli.evaluate.records import SHOWN
-from lapilli.evaluate.task import Protocol, Question, Task
+from lapilli.evaluate.task import PROTOCOLS, Protocol, Question, Task
+
+log = logging.getLogger(__name__)
 
 IMAGES = "images"
 """The part of a task's files where the paths of pictures start."""
@@ -29,7 +33,7 @@ class Job:
     task: Task
     files: dict[str, Path]
     read: dict[Protocol, list[Question]]
-    """Every question, as each protocol reads it; all protocols ask the same."""
+    """Every question, as each protocol reads it; what is asked is the same for all."""
     limit: int | None = None
     """Only so many of the first questions are asked."""
 
@@ -48,7 +52,7 @@ class Job:
         return self.files.get(IMAGES)
 
 
-def open_job(
+def open_jobs(
     task: Task,
     data: str | Path,
     protocols: Sequence[Protocol],
@@ -56,23 +60,48 @@ def open_job(
     named: Mapping[str, str] | None = None,
     alone: bool = True,
     limit: int | None = None,
-) -> Job:
-    """Find and read a task's files. Raises DataError for whatever is wrong with them."""
+    asking: bool = True,
+) -> list[Job]:
+    """Find and read a task's files. Raises DataError for whatever is wrong with them.
+
+    One job; but where protocols ask different questions, one for each, of the task's name with the protocol's behind
+    it, whichever protocols are wanted. With `asking` false (the answers are there already) always one.
+    """
     files = locate(task, data, named, alone)
-    entry = READERS[task.reader]
+    differs = asking and _read_by(task, "llava") != _read_by(task, "official")
     read: dict[Protocol, list[Question]] = {}
-    for protocol in protocols:
-        options = task.options_for(protocol)
-        same = next((questions for p, questions in read.items() if task.options_for(p) == options), None)
-        read[protocol] = entry.call(task, files, options) if same is None else same
-    first: Protocol = protocols[0]
-    for other, questions in read.items():
-        if [_asks(q) for q in read[first]] != [_asks(q) for q in questions]:
-            raise DataError(
-                f"task {task.name}: protocols {first} and {other} ask different questions; evaluate them one at a "
-                "time with --protocol, each into an --out of its own"
-            )
-    return Job(task, files, read, limit)
+    for protocol in PROTOCOLS if differs else protocols:
+        same = next((found for other, found in read.items() if _read_by(task, other) == _read_by(task, protocol)), None)
+        read[protocol] = READERS[task.reader].call(task, files, task.options_for(protocol)) if same is None else same
+    first, *others = read.values()
+    if not asking or all([_asks(q) for q in first] == [_asks(q) for q in other] for other in others):
+        return [Job(task, files, {protocol: read[protocol] for protocol in protocols}, limit)]
+    log.warning("task %s: its protocols ask different questions, so each is asked by itself", task.name)
+    return [
+        Job(task.model_copy(update={"name": f"{task.name}-{protocol}"}), files, {protocol: read[protocol]}, limit)
+        for protocol in protocols
+    ]
+
+
+def open_job(
+    task: Task,
+    data: str | Path,
+    protocols: Sequence[Protocol],
+    *,
+    named: Mapping[str, str] | None = None,
+    limit: int | None = None,
+) -> Job:
+    """The one job of a task. Raises DataError for whatever is wrong with its files, and if its protocols want two."""
+    jobs = open_jobs(task, data, protocols, named=named, limit=limit)
+    if len(jobs) > 1:
+        raise DataError(f"task {task.name}: protocols {' and '.join(protocols)} ask different questions; name one")
+    return jobs[0]
+
+
+def _read_by(task: Task, protocol: Protocol) -> dict[str, Any]:
+    """What of a protocol's options the reader looks at."""
+    known = READERS[task.reader].options
+    return {name: value for name, value in task.options_for(protocol).items() if name in known}
 
 
 def picture_faults(job: Job) -> list[tuple[Question, str]]:

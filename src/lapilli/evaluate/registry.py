@@ -6,9 +6,9 @@ instead of a different number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from lapilli.base.errors import nearest
 
@@ -21,6 +21,12 @@ class Entry(Generic[F]):
 
     call: F
     options: frozenset[str] = frozenset()
+    faults: Callable[[Mapping[str, Any]], list[str]] | None = None
+    """A line for each option whose value is wrong; asked when a task is read."""
+    before: Callable[[Mapping[str, Any]], None] | None = None
+    """Raises LapilliError for what would fail only after long work; asked before it."""
+    needs_truth: bool = True
+    """Of scorers: questions without a known right answer can't be scored."""
 
 
 def unknown_options(given: Iterable[str], entries: Iterable[Entry]) -> list[str]:

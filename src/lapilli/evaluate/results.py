@@ -5,7 +5,9 @@ OUT/<task>/answers.meta.json       what the answers depend on: model, decoding, 
 OUT/<task>/missing.jsonl           questions without an answer, each with the reason
 OUT/<task>/results.json            `Results`
 OUT/<task>/task.json               the task as it was evaluated
-OUT/<task>/items-<protocol>.jsonl  per scored question: {"id", "score", "parsed"}, score 0 to 1 or null
+OUT/<task>/items-<protocol>.jsonl  per scored question: {"id", "score", "parsed"}, score 0 to 1 or null; where a judge
+                                   scored, {"ratio", "said"}: parts of the relative score, and the reply
+OUT/<task>/judge-<model>/          what the judge was asked and said (see judge.reviews), where the task has one
 OUT/<task>/resamples-<protocol>.json  the headline under each bootstrap resample, where it is no mean of items
 OUT/<task>/submission/             what the benchmark's server takes, where it takes something
 """
@@ -23,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lapilli.base.atomic import atomic_write, write_json
 from lapilli.base.errors import DataError
-from lapilli.evaluate.statistics import interval, mean_percent, resampled
+from lapilli.evaluate.statistics import interval, mean_percent, ratio_percent, resampled
 from lapilli.evaluate.task import Scores, Task
 
 RESULTS = "results.json"
@@ -97,6 +99,9 @@ def outcome(scores: Scores, task: Task) -> tuple[Outcome, np.ndarray | None]:
     if scores.again is not None:
         count = len(scores.order or ids)
         values = resampled(count, scores.again) if count else None
+    elif scores.ratio:
+        count = len(scores.ratio)
+        values = resampled(count, ratio_percent(np.array(list(scores.ratio.values()))))
     elif ids:
         count = len(ids)
         values = resampled(count, mean_percent(np.array([scores.items[name] for name in ids])))
@@ -123,8 +128,8 @@ def outcome(scores: Scores, task: Task) -> tuple[Outcome, np.ndarray | None]:
 def write_items(folder: Path, protocol: str, scores: Scores, resamples: np.ndarray | None) -> None:
     """Write what each question was worth under a protocol, and the headline's resamples."""
     lines = [
-        json.dumps({"id": name, "score": scores.items.get(name), "parsed": scores.parsed.get(name)}, ensure_ascii=False)
-        for name in dict.fromkeys((*scores.items, *scores.order, *scores.parsed))
+        json.dumps(_item(name, scores), ensure_ascii=False)
+        for name in dict.fromkeys((*scores.items, *scores.order, *scores.parsed, *scores.said))
     ]
     atomic_write(folder / f"items-{protocol}.jsonl", "".join(f"{line}\n" for line in lines))
     place = folder / f"resamples-{protocol}.json"
@@ -132,6 +137,15 @@ def write_items(folder: Path, protocol: str, scores: Scores, resamples: np.ndarr
     if resamples is not None:
         order = list(scores.order or scores.items)
         write_json(place, {"order": order, "values": [_finite(value) for value in resamples.tolist()]})
+
+
+def _item(name: str, scores: Scores) -> dict[str, Any]:
+    made: dict[str, Any] = {"id": name, "score": scores.items.get(name), "parsed": scores.parsed.get(name)}
+    if name in scores.ratio:
+        made["ratio"] = list(scores.ratio[name])
+    if name in scores.said:
+        made["said"] = scores.said[name]
+    return made
 
 
 def write_results(folder: Path, results: Results) -> None:
@@ -161,11 +175,21 @@ def result_folders(out: str | Path) -> dict[str, Path]:
 
 def read_items(folder: Path, protocol: str) -> dict[str, float]:
     """Question id to score, of those that have one; empty if nothing was scored question by question."""
+    lines = _item_lines(folder, protocol)
+    return {line["id"]: float(line["score"]) for line in lines if line["score"] is not None}
+
+
+def read_ratios(folder: Path, protocol: str) -> dict[str, tuple[float, float]]:
+    """Question id to what it adds above and below; empty where the headline is no ratio of sums."""
+    lines = _item_lines(folder, protocol)
+    return {line["id"]: (float(line["ratio"][0]), float(line["ratio"][1])) for line in lines if "ratio" in line}
+
+
+def _item_lines(folder: Path, protocol: str) -> list[dict[str, Any]]:
     path = folder / f"items-{protocol}.jsonl"
     if not path.is_file():
-        return {}
-    lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return {line["id"]: float(line["score"]) for line in lines if line["score"] is not None}
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def read_resamples(folder: Path, protocol: str) -> tuple[Sequence[str], np.ndarray] | None:

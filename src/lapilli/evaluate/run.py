@@ -22,7 +22,8 @@ from lapilli.evaluate.job import Job, check_pictures
 from lapilli.evaluate.origin import hold_to, origin
 from lapilli.evaluate.ranks import WAIT_SECONDS, Rank, answer_files
 from lapilli.evaluate.results import Results
-from lapilli.evaluate.scoring import finish
+from lapilli.evaluate.scoring import check_scorer, finish
+from lapilli.evaluate.stopped import Stopped
 from lapilli.evaluate.task import Question
 
 if TYPE_CHECKING:
@@ -30,14 +31,6 @@ if TYPE_CHECKING:
     from lapilli.generate.decoding import Answer
 
 log = logging.getLogger(__name__)
-
-
-class Stopped(RunError):
-    """The user asked the evaluation to stop; `signal` names how."""
-
-    def __init__(self, message: str, signal: str) -> None:
-        super().__init__(message)
-        self.signal = signal
 
 
 @dataclass(frozen=True)
@@ -62,12 +55,13 @@ def evaluate(
 
     `model` is what tells the model from others (`origin.describe_model`), `assistant` brings it, and is called only if
     a question is open. `on_results` gets each task's results as they are there. Of several ranks only rank 0 scores;
-    the others return nothing. Raises DataError or RunError before anything is asked if pictures are missing or the
-    folder's answers come from something else; at the end, if a task lacks answers or can't be scored; Stopped if the
-    user stops it.
+    the others return nothing. Raises DataError or RunError before anything is asked if pictures are missing, the
+    folder's answers come from something else or a judge could not be asked; at the end, if a task lacks answers or
+    can't be scored; Stopped if the user stops it.
     """
     settings, out = settings or Settings(), Path(out)
     for job in jobs:
+        check_scorer(job.task)
         check_pictures(job, settings.allow_missing)
         folder = out / job.task.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -232,6 +226,7 @@ def score(
     Raises DataError for answers that belong to no question or are given twice, RunError if more than `allow_missing`
     questions have no answer.
     """
+    check_scorer(job.task)
     lines = [line for path in files for line in read_answers(path)]
     made = join(job.questions, lines)
     made.check(", ".join(str(path) for path in files))

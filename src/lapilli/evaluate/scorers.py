@@ -1,6 +1,8 @@
 """The scorers that task files name: questions and answers to numbers."""
 
 from lapilli.evaluate import anls, captions, gqa, mmbench, mme, own, pmc, pope, quilt, scienceqa, seed, vqa
+from lapilli.evaluate.judge import options
+from lapilli.evaluate.judge import scorer as judging
 from lapilli.evaluate.registry import Entry
 from lapilli.evaluate.task import Scorer
 
@@ -19,4 +21,5 @@ SCORERS: dict[str, Entry[Scorer]] = {
     "seed": Entry(seed.score, seed.SCORE_OPTIONS),
     "quilt": Entry(quilt.score, quilt.SCORE_OPTIONS),
     "pmc": Entry(pmc.score, pmc.SCORE_OPTIONS),
+    "judge": Entry(judging.score, judging.OPTIONS, options.faults, judging.before, needs_truth=False),
 }

@@ -16,11 +16,12 @@ from lapilli.base.version import VERSION
 from lapilli.evaluate.answers import Line
 from lapilli.evaluate.files import digests
 from lapilli.evaluate.job import Job
+from lapilli.evaluate.merging import with_earlier
 from lapilli.evaluate.records import SHOWN
 from lapilli.evaluate.results import TASK, Counts, Outcome, Results, outcome, write_items, write_results
 from lapilli.evaluate.scorers import SCORERS
 from lapilli.evaluate.submissions import SUBMISSIONS
-from lapilli.evaluate.task import Protocol, Question, Scores
+from lapilli.evaluate.task import Protocol, Question, Scores, Task
 
 
 def finish(
@@ -51,7 +52,7 @@ def finish(
         )
     texts = {question.id: answers[question.id].text for question in job.asked if question.id in answers}
     notes = _notes(job, missing)
-    scored = {protocol: _score(job, protocol, texts) for protocol in job.read}
+    scored = {protocol: _score(job, protocol, texts, folder) for protocol in job.read}
     outcomes: dict[str, Outcome] = {}
     for protocol, scores in scored.items():
         if scores is None:
@@ -90,9 +91,17 @@ def finish(
         notes=tuple(notes),
     )
     if folder is not None:
+        made = with_earlier(made, job.task, folder)
         write_json(folder / TASK, job.task.model_dump(mode="json"))
         write_results(folder, made)
     return made
+
+
+def check_scorer(task: Task) -> None:
+    """Raise LapilliError for what would make a task's scorer fail only after its questions are answered."""
+    entry = None if task.scorer is None else SCORERS[task.scorer]
+    if entry is not None and entry.before is not None:
+        entry.before(task.options)
 
 
 def known_truth(questions: Sequence[Question]) -> list[Question]:
@@ -100,13 +109,23 @@ def known_truth(questions: Sequence[Question]) -> list[Question]:
     return [question for question in questions if question.truth is not None]
 
 
-def _score(job: Job, protocol: Protocol, texts: Mapping[str, str]) -> Scores | None:
-    scorable = [q for q in known_truth(job.read[protocol]) if q.id in texts]
-    if job.task.scorer is None or not scorable:
+def _score(job: Job, protocol: Protocol, texts: Mapping[str, str], folder: Path | None) -> Scores | None:
+    if job.task.scorer is None:
         return None
-    missing = [q for q in known_truth(job.read[protocol][: job.limit]) if q.id not in texts]
-    options = {**job.task.options_for(protocol), "files": job.files, "missing": missing}
+    known = _scorable(job.task, job.read[protocol][: job.limit])
+    scorable = [q for q in known if q.id in texts]
+    if not scorable:
+        return None
+    given: dict[str, Any] = {"task": job.task.name, "protocol": protocol, "files": job.files, "folder": folder}
+    given["missing"] = [q for q in known if q.id not in texts]
+    options = {**job.task.options_for(protocol), **given}
     return SCORERS[job.task.scorer].call(scorable, {q.id: texts[q.id] for q in scorable}, options)
+
+
+def _scorable(task: Task, questions: Sequence[Question]) -> list[Question]:
+    """Those of the questions that the task's scorer can score."""
+    needs_truth = task.scorer is None or SCORERS[task.scorer].needs_truth
+    return known_truth(questions) if needs_truth else list(questions)
 
 
 def _why_unscored(job: Job) -> str:
@@ -121,7 +140,7 @@ def _notes(job: Job, missing: Mapping[str, str]) -> list[str]:
         notes.append(f"limited to the first {len(job.asked)} of {len(job.questions)} questions: not the task's number")
     if missing:
         notes.append(f"{len(missing)} of {len(job.asked)} questions have no answer and are left out of the scores")
-    unknown = len(job.asked) - len(known_truth(job.asked))
+    unknown = len(job.asked) - len(_scorable(job.task, job.asked))
     if job.task.scorer is not None and 0 < unknown < len(job.asked):
         notes.append(f"{unknown} of {len(job.asked)} questions have no public answer and are left out of the scores")
     return notes
@@ -138,9 +157,10 @@ def _submissions(job: Job, texts: Mapping[str, str], folder: Path, notes: list[s
     for protocol in job.read:
         if all(options != task.options_for(protocol) for _, options in kinds):
             kinds.append((protocol, task.options_for(protocol)))
+    apart = task.options_for("llava") != task.options_for("official")
     written: list[Path] = []
     for protocol, options in kinds:
-        place = folder / "submission" / (protocol if len(kinds) > 1 else "")
+        place = folder / "submission" / (protocol if apart else "")
         place.mkdir(parents=True, exist_ok=True)
         answered = [question for question in job.read[protocol] if question.id in texts]
         given = {**options, "files": job.files}

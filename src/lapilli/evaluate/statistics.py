@@ -52,6 +52,16 @@ def mean_percent(items: np.ndarray) -> Callable[[np.ndarray], float]:
     return lambda indices: 100 * float(items[indices].mean())
 
 
+def ratio_percent(parts: np.ndarray) -> Callable[[np.ndarray], float]:
+    """The statistic of a score that is the ratio of the sums of its parts (n, 2), in percent; NaN over nothing."""
+
+    def ratio(indices: np.ndarray) -> float:
+        above, below = parts[indices].sum(0).tolist()
+        return 100 * above / below if below else math.nan
+
+    return ratio
+
+
 def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
     """The middle `level` of resampled values (n,); values that are not numbers (a class was not drawn) are left out."""
     kept = values[np.isfinite(values)]
@@ -85,6 +95,15 @@ def paired_resamples(value_a: float, value_b: float, a: np.ndarray, b: np.ndarra
     # A p below what so many resamples can show is not claimed.
     p = min(1.0, max(2 * tail, 1 / (len(kept) + 1))) if len(kept) else math.nan
     return Difference(value_b - value_a, low, high, p, "bootstrap", questions)
+
+
+def paired_ratios(a: np.ndarray, b: np.ndarray) -> Difference:
+    """Two models' headlines that are ratios of sums, from the parts (n, 2) of the same questions."""
+    everything = np.arange(len(a))
+    first, second = ratio_percent(a), ratio_percent(b)
+    return paired_resamples(
+        first(everything), second(everything), resampled(len(a), first), resampled(len(b), second), len(a)
+    )
 
 
 def binomial_p(a: int, b: int) -> float:

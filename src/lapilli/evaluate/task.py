@@ -125,6 +125,10 @@ class Scores:
     the mean of `items`."""
     order: tuple[str, ...] = ()
     """Ids that `again` counts by; empty: those of `items`."""
+    ratio: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Where the headline is the ratio of two sums, in percent: question id to what it adds above and below."""
+    said: dict[str, str] = field(default_factory=dict)
+    """Question id to a judge's reply, word for word."""
 
 
 Reader = Callable[[Task, Mapping[str, Any], Mapping[str, Any]], list[Question]]

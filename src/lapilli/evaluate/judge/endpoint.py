@@ -7,6 +7,7 @@ back, word for word but for the key. The key goes nowhere but into the request's
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import time
@@ -180,6 +181,25 @@ def check_url(url: str, key: str | None) -> None:
         raise RecipeError(f"--url {url}: must be an address such as https://api.openai.com/v1")
     if parts.scheme == "http" and key and not is_loopback(host):
         raise RecipeError(f"--url {url}: plain http would show the key to others; use https, or --key-env none")
+
+
+def read_key(name: str, url: str) -> str | None:
+    """The key for an address, from the environment. Raises RecipeError, which never shows it."""
+    if name in ("", "none"):
+        return None
+    if not re.fullmatch(r"[A-Za-z_]\w*", name):  # perhaps the key itself, so it is not repeated
+        raise RecipeError("--key-env: must be the name of an environment variable that holds the key")
+    key = os.environ.get(name, "").strip()
+    if not key:
+        if is_loopback(urlsplit(url).hostname or ""):
+            return None
+        raise RecipeError(
+            "--key-env: the environment variable that should hold the key is not set (default OPENAI_API_KEY); "
+            "--key-env none sends no key"
+        )
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise RecipeError("--key-env: what the environment variable holds is no key (spaces or odd characters)")
+    return key
 
 
 def back_off(patience: Patience, attempt: int, asked: float | None, rng: random.Random) -> float:

@@ -15,10 +15,9 @@ from lapilli.base.errors import DataError, RecipeError, unknown
 from lapilli.evaluate.answers import Line, join, read_answers
 from lapilli.evaluate.judge.rules import STYLES, Rule, Style, choose_rule, rule_key
 from lapilli.evaluate.pairing import Record, by_id, must_match
+from lapilli.evaluate.ranks import answer_files
 from lapilli.evaluate.records import examples, field, read_records
 from lapilli.evaluate.task import Question
-
-ANSWERS_FILE = "answers.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,55 +97,80 @@ def read_items(
 def task_items(
     task: str, questions: Sequence[Question], answers: str | Path, rules: Mapping[str, Rule], style: str | None = None
 ) -> list[Item]:
-    """A task's questions and one answers file of a model.
+    """A task's questions and one answers file of a model, as `question_items` takes them."""
+    lines = _task_answers(task, questions, answers)
+    return question_items(task, questions, {name: line.text for name, line in lines.items()}, rules, style)
+
+
+def question_items(
+    task: str, questions: Sequence[Question], answers: Mapping[str, str], rules: Mapping[str, Rule], style: str | None
+) -> list[Item]:
+    """A task's questions with a model's answers by id.
 
     Where the task's records hold a `context` and a `reference` (LLaVA-Bench), the reference is the first of two
     answers; else the answer is graded against `reference` or the expected answers. Raises DataError where there is
     neither.
     """
-    lines = _task_answers(task, questions, answers)
-    made = []
-    for number, question in enumerate(questions, 1):
-        reference, context = question.record.get("reference"), question.record.get("context")
-        pair = isinstance(context, str) and isinstance(reference, str)
-        chosen = _named(style) if style else ("bench" if pair else "grade")
-        category = next(iter(question.groups.values()), None)
-        expected = reference if isinstance(reference, str) else _expected(question.truth)
-        if expected is None:
-            raise DataError(f"{question.where}: task {task} has no reference answer to judge against")
-        if chosen in ("bench", "visual", "quilt") and not isinstance(context, str):
-            raise DataError(f'{question.where}: style "{chosen}" wants a context, which task {task} does not have')
-        raw = question.record.get("question_id", question.id)
-        line = lines[question.id]
-        path = question.images[0].path if question.images else None
-        made.append(
-            Item(
-                number=number,
-                question_id=question.id if str(raw) != question.id else raw,
-                category=rule_key("bench", category) if chosen == "bench" else category,
-                question=question.text.replace("<image>", "").strip(),
-                style=chosen,
-                rule=choose_rule(rules, chosen, category, question.where),
-                answers=(line.text,) if chosen == "grade" else (expected, line.text),
-                answer_ids=(raw,) if chosen == "grade" else (raw, raw),
-                context=expected if chosen == "grade" else (context if chosen != "text" else None),
-                image=path,
-                groups=question.groups or None,
-            )
-        )
-    return made
+    return [_item(task, n, question, answers[question.id], rules, style) for n, question in enumerate(questions, 1)]
+
+
+def _item(
+    task: str, number: int, question: Question, answer: str, rules: Mapping[str, Rule], style: str | None
+) -> Item:
+    reference, context = question.record.get("reference"), question.record.get("context")
+    pair = isinstance(context, str) and isinstance(reference, str)
+    chosen = _named(style) if style else ("bench" if pair else "grade")
+    category = next(iter(question.groups.values()), None)
+    expected = reference if isinstance(reference, str) else _expected(question.truth)
+    if expected is None:
+        raise DataError(f"{question.where}: task {task} has no reference answer to judge against")
+    if chosen in ("bench", "visual", "quilt") and not isinstance(context, str):
+        raise DataError(f'{question.where}: style "{chosen}" wants a context, which task {task} does not have')
+    raw = question.record.get("question_id", question.id)
+    return Item(
+        number=number,
+        question_id=question.id if str(raw) != question.id else raw,
+        category=rule_key("bench", category) if chosen == "bench" else category,
+        question=question.text.replace("<image>", "").strip(),
+        style=chosen,
+        rule=choose_rule(rules, chosen, category, question.where),
+        answers=(answer,) if chosen == "grade" else (expected, answer),
+        answer_ids=(raw,) if chosen == "grade" else (raw, raw),
+        context=expected if chosen == "grade" else (context if chosen != "text" else None),
+        image=question.images[0].path if question.images else None,
+        groups=question.groups or None,
+    )
 
 
 def _task_answers(task: str, questions: Sequence[Question], answers: str | Path) -> dict[str, Line]:
-    path = Path(answers).expanduser()
-    if path.is_dir():
-        path = path / ANSWERS_FILE if (path / ANSWERS_FILE).exists() else path / task / ANSWERS_FILE
-    joined = join(questions, read_answers(path))
+    path = Path(answers)
+    joined = join(questions, [line for file in answers_files(path, task) for line in read_answers(file)])
     joined.check(str(path))
     lacking = [question.id for question in questions if question.id not in joined.answers]
     if lacking:
         raise DataError(f"{path}: {examples(lacking, 'question', 'questions')} of task {task} without an answer")
     return joined.answers
+
+
+def answers_files(path: str | Path, task: str | None) -> list[Path]:
+    """The answers files that a path means: itself, or those of a task in the output of an evaluation.
+
+    Raises DataError for a folder that has none.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return [path]
+    found = answer_files(path) or (answer_files(path / task) if task is not None else [])
+    if not found:
+        raise DataError(f"{path}: no answers in it; name an answers file, or what `lapilli evaluate --out` wrote")
+    return found
+
+
+def answers_name(path: str | Path, task: str | None) -> str:
+    """What tables call the model that gave these answers: as its lines do, else the file's name."""
+    files = answers_files(path, task)
+    named = {line.model_id for file in files for line in read_answers(file) if line.model_id}
+    return ", ".join(sorted(named)) or Path(path).stem
 
 
 def _expected(truth: Any) -> str | None:

@@ -83,19 +83,26 @@ class Store:
     ) -> None:
         self._stack.close()
 
-    def known(self, requests: Iterable[Request]) -> Known:
-        """What is there already. Raises DataError if the file holds a review of anything else than these requests."""
+    def known(self, requests: Iterable[Request], others_too: bool = False) -> Known:
+        """What is there already. Raises DataError if the file holds a review of anything else than these requests,
+        unless there may be `others_too`."""
         wanted = {request.digest for request in requests}
         reviews = read_jsonl(self.path) if self.path.exists() else []
         foreign = [str(line.get("question_id")) for _, line in reviews if _digest(line) not in wanted]
-        if foreign:
+        if foreign and not others_too:
             raise DataError(
                 f"{self.path}: holds {examples(foreign, 'review', 'reviews')} of other answers, questions, rules, "
                 "judge or settings than these; choose another --output"
             )
         replies = {digest: attempt for digest, attempt in self._answered().items() if digest in wanted}
-        scoreless = {_digest(line) for _, line in reviews if line["metadata"].get("scores") is None}
-        return Known(replies, {_digest(line) for _, line in reviews}, scoreless)
+        mine = [line for _, line in reviews if _digest(line) in wanted]
+        scoreless = {_digest(line) for line in mine if line["metadata"].get("scores") is None}
+        return Known(replies, {_digest(line) for line in mine}, scoreless)
+
+    def others(self, requests: Iterable[Request]) -> set[str | None]:
+        """Digests of reviews that are of other requests than these."""
+        wanted = {request.digest for request in requests}
+        return {_digest(line) for _, line in read_jsonl(self.path)} - wanted
 
     def forget(self, digests: Collection[str | None]) -> None:
         """Take reviews out, to be asked again; their replies stay in the log."""

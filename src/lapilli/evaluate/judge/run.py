@@ -37,6 +37,8 @@ class Settings:
     max_cost: float | None = None
     ask_again: bool = False
     """Ask again what was answered without readable scores."""
+    forget_others: bool = False
+    """Take out reviews of other requests than these (their replies are kept); else they are refused."""
     seed: int | None = None
     """Of the jitter."""
 
@@ -78,7 +80,7 @@ def preview(requests: Sequence[Request], asking: Asking, settings: Settings, sto
     known = Known({}, set(), set())
     if store.replies_path.exists() and store.path.exists():
         with store:
-            known = store.known(requests)
+            known = store.known(requests, settings.forget_others)
     if settings.ask_again:
         known = known.without(known.scoreless)
     left = [request for request in requests if not known.has(request)]
@@ -99,6 +101,8 @@ def judge(
     wrong is in what is returned.
     """
     with store, endpoint:
+        if settings.forget_others:
+            store.forget(store.others(requests))
         known = store.known(requests)
         if settings.ask_again:
             store.forget(known.scoreless)

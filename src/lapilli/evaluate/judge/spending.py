@@ -65,6 +65,18 @@ class Estimate:
         return None if self.price is None else self.price.of(self.read, self.written_most)
 
 
+def in_words(model: str, found: Estimate) -> list[str]:
+    """What is about to be asked and spent, in a line or two."""
+    pictures = f", with {found.pictures:,} pictures taken for 1,000 tokens each" if found.pictures else ""
+    said = [
+        f"{model}: {found.requests:,} requests to ask, {found.known:,} answered already; about {found.read:,} tokens "
+        f"to read and {found.written:,} to write (at most {found.written_most:,}){pictures}"
+    ]
+    if found.cost is None or found.cost_most is None:
+        return [*said, "no price known: a price for reading and one for writing give an estimate"]
+    return [*said, f"about {found.cost:.4f}, at most {found.cost_most:.4f} without retries"]
+
+
 def choose_price(
     model: str, reading: float | None, writing: float | None, table: str | Path | None, limited: bool
 ) -> Price | None:

@@ -13,14 +13,14 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lapilli.base.errors import DataError, RecipeError
-from lapilli.evaluate.judge.reading import Unreadable, read_grade, read_pair
+from lapilli.evaluate.judge.reading import Unreadable, read_grade
+from lapilli.evaluate.judge.review import Review, read_reviews
 from lapilli.evaluate.judge.reviews import FAILED_FILE, reviews_path, side_folder
-from lapilli.evaluate.records import examples, read_jsonl, read_records
+from lapilli.evaluate.records import examples, read_records
 from lapilli.evaluate.records import field as checked_field
 from lapilli.evaluate.statistics import draws, interval
 from lapilli.evaluate.task import Protocol
@@ -75,10 +75,26 @@ class Table:
     """Questions that are in no mean because a review of theirs can't be read."""
     order: OrderEffect | None = None
     notes: tuple[str, ...] = ()
+    scores: dict[str, list[tuple[float, ...]]] = field(default_factory=dict)
+    """Question id to what is in the means: pairs (first, second) of scores of 10, or one grade of 1."""
 
     def text(self) -> str:
         """What the original prints."""
         return "\n".join([self.name, *(row.text() for row in self.rows), "=" * 33]) + "\n"
+
+
+def table_notes(table: Table) -> list[str]:
+    """What a reader of a table must know, in words."""
+    notes = [f"{count} reviews can't be read: {reason}" for reason, count in sorted(table.unreadable.items())]
+    if table.left_out:
+        notes.append(f"{table.left_out} questions are in no mean")
+    if (effect := table.order) is not None:
+        between = "-" if effect.interval is None else f"{effect.interval[0]:.2f} to {effect.interval[1]:.2f}"
+        notes.append(
+            f"order: an answer gets {effect.advantage:+.2f} points of 10 for standing first (95 % interval "
+            f"{between}); another answer wins in the other order for {effect.changed} of {effect.questions} questions"
+        )
+    return [*notes, *table.notes]
 
 
 def choose_files(
@@ -137,9 +153,7 @@ def summarise(
     `organs` adds a row for each, `ignore` leaves out questions by id. Raises DataError for lines of another form, a
     question reviewed twice in an order, and a question that `organs` lacks.
     """
-    reviews = [review for where, line in read_jsonl(path) if (review := _Review.read(line, where)).id not in ignore]
-    if not reviews:
-        raise DataError(f"{path}: no reviews in it")
+    reviews = read_reviews(path, ignore)
     if organs is not None:
         lacking = [review.id for review in reviews if review.id not in organs]
         if lacking:
@@ -155,71 +169,22 @@ def summarise(
     return _as_meant(path, reviews, organs, notes)
 
 
-@dataclass(frozen=True, slots=True)
-class _Review:
-    """A line of a review file, of ours or of anybody's."""
-
-    where: str
-    id: str
-    category: str | None
-    order: str
-    tuple: tuple[float, float] | None
-    content: str | None
-    graded: bool
-    why: str | None
-
-    @classmethod
-    def read(cls, line: Mapping[str, Any], where: str) -> _Review:
-        metadata = line.get("metadata")
-        known: Mapping[str, Any] = metadata if isinstance(metadata, dict) else {}
-        content = next((line[k] for k in ("content", "text") if isinstance(line.get(k), str)), None)
-        category = line.get("category")
-        graded = known.get("style") == "grade"
-        scores = None if graded else _pair_of(line.get("tuple", line.get("score")), where)
-        return cls(
-            where=where,
-            id=str(checked_field(line, "question_id", where, (str, int))),
-            category=category if isinstance(category, str) else None,
-            order=str(known.get("order", "12")),
-            tuple=scores,
-            content=content,
-            graded=graded,
-            why=known.get("unreadable"),
-        )
-
-    def scores(self) -> tuple[float, float] | Unreadable:
-        """The two answers' scores in the order of the files."""
-        if self.content is None:
-            first, second = self.tuple or (-1.0, -1.0)
-            fine = 0 <= first <= 10 and 0 <= second <= 10
-            return (first, second) if fine else Unreadable("no reply, and no scores from 0 to 10")
-        found = read_pair(self.content)
-        if isinstance(found, Unreadable):
-            return Unreadable(self.why or found.reason)
-        return found if self.order == "12" else (found[1], found[0])
-
-
-def _pair_of(value: Any, where: str) -> tuple[float, float]:
-    good = isinstance(value, list) and len(value) == 2
-    if not good or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in value):
-        raise DataError(f'{where}: "tuple" (or "score") must be two numbers, not {value!r:.80}')
-    return float(value[0]), float(value[1])
-
-
-def _as_original(path: Path, reviews: Sequence[_Review], organs: Mapping[str, str] | None, notes: list[str]) -> Table:
+def _as_original(path: Path, reviews: Sequence[Review], organs: Mapping[str, str] | None, notes: list[str]) -> Table:
     groups = defaultdict[str, list[tuple[float, float]]](list)
+    scores = defaultdict[str, list[tuple[float, ...]]](list)
     for review in reviews:
         assert review.tuple is not None
+        scores[review.id].append(review.tuple)
         for name in _names(review.category, review.id, organs):
             groups[name].append(review.tuple)
     bad = sum(review.tuple is not None and min(review.tuple) < 0 for review in reviews)
     if bad:
         notes = [*notes, f"{bad} of {len(reviews)} reviews are not read by the original and are in its means as -1"]
     rows = [_row(name, np.array(pairs)) for name, pairs in sorted(groups.items())]
-    return Table(config_name(path), "llava", rows, notes=tuple(notes))
+    return Table(config_name(path), "llava", rows, notes=tuple(notes), scores=dict(scores))
 
 
-def _as_meant(path: Path, reviews: Sequence[_Review], organs: Mapping[str, str] | None, notes: list[str]) -> Table:
+def _as_meant(path: Path, reviews: Sequence[Review], organs: Mapping[str, str] | None, notes: list[str]) -> Table:
     sides = defaultdict[str, dict[str, tuple[float, float] | Unreadable]](dict)
     categories: dict[str, str | None] = {}
     twice: list[str] = []
@@ -246,21 +211,24 @@ def _as_meant(path: Path, reviews: Sequence[_Review], organs: Mapping[str, str] 
             f"{halves} questions are judged in one order only and left out; the same command asks the other",
         ]
     groups = defaultdict[str, list[tuple[float, float]]](list)
+    means: dict[str, list[tuple[float, ...]]] = {}
     for name, pairs in scored.items():
-        mean = np.mean(pairs, axis=0)
+        first, second = np.mean(pairs, axis=0).tolist()
+        means[name] = [(first, second)]
         for group in _names(categories[name], name, organs):
-            groups[group].append((float(mean[0]), float(mean[1])))
+            groups[group].append((first, second))
     rows = [_row(name, np.array(pairs)) for name, pairs in sorted(groups.items())]
     effect = _order_effect([np.array(pairs) for pairs in scored.values()]) if both and scored else None
     left_out = len(sides) - len(scored)
     return Table(
-        config_name(path), "official", rows, False, dict(unreadable), left_out, effect, tuple(notes)
+        config_name(path), "official", rows, False, dict(unreadable), left_out, effect, tuple(notes), means
     )  # fmt: skip
 
 
-def _graded(path: Path, reviews: Sequence[_Review], notes: list[str]) -> Table:
+def _graded(path: Path, reviews: Sequence[Review], notes: list[str]) -> Table:
     """Grades in percent: all, by category, and by each part of categories that are joined by commas (MM-Vet's)."""
     groups, unreadable = defaultdict[str, list[float]](list), Counter[str]()
+    scores: dict[str, list[tuple[float, ...]]] = {}
     twice = [name for name, count in Counter(review.id for review in reviews).items() if count > 1]
     if twice:
         raise DataError(f"{path}: {examples(twice, 'question', 'questions')} graded twice")
@@ -269,6 +237,7 @@ def _graded(path: Path, reviews: Sequence[_Review], notes: list[str]) -> Table:
         if isinstance(found, Unreadable):
             unreadable[review.why or found.reason] += 1
             continue
+        scores[review.id] = [(found,)]
         category = review.category or ALL
         parts = [f"any {part}" for part in category.split(", ")] if ", " in category or _joined(reviews) else []
         for name in dict.fromkeys((ALL, category, *parts)):
@@ -278,12 +247,13 @@ def _graded(path: Path, reviews: Sequence[_Review], notes: list[str]) -> Table:
         array = np.array(values)
         between = _middle(_resampled_means(array))
         rows.append(Row(name, len(values), None, None, round(float(array.mean()), 1), None, between))
+    lost = sum(unreadable.values())
     return Table(
-        config_name(path), "official", rows, True, dict(unreadable), sum(unreadable.values()), None, tuple(notes)
-    )
+        config_name(path), "official", rows, True, dict(unreadable), lost, None, tuple(notes), scores
+    )  # fmt: skip
 
 
-def _joined(reviews: Sequence[_Review]) -> bool:
+def _joined(reviews: Sequence[Review]) -> bool:
     return any(", " in (review.category or "") for review in reviews)
 
 
@@ -296,18 +266,27 @@ def _names(category: str | None, name: str, organs: Mapping[str, str] | None) ->
         yield organs[name]
 
 
-def _row(name: str, pairs: np.ndarray) -> Row:
-    """A row from pairs (n, 2), rounded as the original does: means to three places, what comes of them to one."""
+def rounded(pairs: np.ndarray) -> tuple[float | None, float | None, float | None]:
+    """Ratio in percent and both means times 10, of pairs (n, 2) of scores.
+
+    Rounded as the original does: means to three places, what comes of them to one. None for what is not finite.
+    """
     first, second = (round(mean, 3) for mean in pairs.mean(0).tolist())
+    ratio = _finite(round(second / first * 100, 1)) if first else None
+    return ratio, _finite(round(first * 10, 1)), _finite(round(second * 10, 1))
+
+
+def _row(name: str, pairs: np.ndarray) -> Row:
+    ratio, first, second = rounded(pairs)
     means = _resampled_means(pairs)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = means[:, 1] / means[:, 0] * 100
     return Row(
         name=name,
         questions=len(pairs),
-        ratio=_finite(round(second / first * 100, 1)) if first else None,
-        first=_finite(round(first * 10, 1)),
-        second=_finite(round(second * 10, 1)),
+        ratio=ratio,
+        first=first,
+        second=second,
         ratio_interval=_middle(ratios),
         second_interval=_middle(means[:, 1] * 10),
     )

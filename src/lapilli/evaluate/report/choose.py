@@ -33,6 +33,8 @@ class Reply:
     finish: str | None
     reason: str | None
     """Why there is no answer."""
+    said: str | None = None
+    """What the judge said of it, where a judge scored."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def _reply(entry: Entry, question: Question, rounds: Sequence[Question]) -> Repl
         scores=scores,
         parsed={protocol: item.parsed for protocol, item in found.items() if item.parsed is not None},
         finish=None if line is None else line.metadata.get("finish"),
+        said=next((item.said for item in found.values() if item.said), None),
         reason=None if line is not None else entry.missing.get(question.id, "not asked, or its answers are not there"),
     )
 

@@ -31,6 +31,8 @@ class Item:
 
     score: float | None
     parsed: str | None
+    said: str | None = None
+    """The judge's reply, where a judge scored."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def _entry(label: str, folder: Path) -> Entry:
 
 def _items(path: Path) -> dict[str, Item]:
     lines = read_jsonl(path) if path.is_file() else []
-    return {str(line["id"]): Item(line.get("score"), line.get("parsed")) for _, line in lines}
+    return {str(line["id"]): Item(line.get("score"), line.get("parsed"), line.get("said")) for _, line in lines}
 
 
 def _gathered(name: str, entries: list[Entry]) -> Gathered:

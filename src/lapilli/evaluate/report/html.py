@@ -188,4 +188,7 @@ def _picture(name: str, file: bytes) -> Html:
 def _reply(reply: Reply) -> tuple[object, ...]:
     colour = {"right": "good", "wrong": "bad"}.get(reply.verdict, "soft")
     answer = tag("span", answer_text(reply), class_="soft" if reply.text is None else "text")
+    if reply.said is not None:
+        said = tag("details", tag("summary", "the judge's reply"), tag("p", cut(reply.said), class_="text"))
+        answer = tag("div", answer, said)
     return reply.model, answer, read_text(reply), tag("b", score_text(reply), class_=colour)

@@ -34,7 +34,8 @@ def _shown(case: Case) -> str:
     expected = f"\n\nExpected: {_plain(cut(case.expected))}" if case.expected else ""
     rows = [(r.model, answer_text(r), read_text(r), score_text(r)) for r in case.replies]
     answers = _grid(Grid("", ("model", "answer", "read as", "score"), tuple(rows)))
-    return f"**{_plain(case.id)}** {_plain(cut(case.text))}{pictures}{expected}\n\n{answers}"
+    judged = [f"\n\n{_plain(r.model)}, the judge: {_plain(cut(r.said))}" for r in case.replies if r.said is not None]
+    return f"**{_plain(case.id)}** {_plain(cut(case.text))}{pictures}{expected}\n\n{answers}{''.join(judged)}"
 
 
 def _grid(grid: Grid) -> str:
