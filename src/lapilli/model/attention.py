@@ -39,9 +39,14 @@ _IRRELEVANT = frozenset(
 
 
 def register() -> None:
-    """Make `PACKED` known to transformers, and its other kernels; calling it again changes nothing."""
+    """Make `PACKED` known to transformers, and its other kernels; calling it again changes nothing.
+
+    Compiled layers call it as it is: how many segments there are differs from batch to batch.
+    """
     for kernel in get_args(Kernel):
-        AttentionInterface.register(packed_name(kernel), partial(packed_attention, kernel=kernel))
+        AttentionInterface.register(
+            packed_name(kernel), partial(torch.compiler.disable(packed_attention), kernel=kernel)
+        )
 
 
 def packed_name(kernel: Kernel) -> str:
@@ -67,15 +72,17 @@ def packed_attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    packed_rows: int | None = None,
     kernel: Kernel = "auto",
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each segment of a packed sequence.
 
     `query` (1, Hq, T, d), `key` and `value` (1, Hk, T, d), `cu_seq_lens_q` (N+1,) segment boundaries; `sliding_window`
-    in tokens; `softcap` bounds the logits by tanh (Gemma 2); `s_aux` (Hq,) are sink logits (gpt-oss). Returns
-    ((1, T, Hq, d), None). Raises ModelError for an argument that would change attention in a way not known here, and
-    where the `kernel` that is named can't do what is asked.
+    in tokens; `softcap` bounds the logits by tanh (Gemma 2); `s_aux` (Hq,) are sink logits (gpt-oss). `packed_rows`
+    says that there are so many segments, all of one length: they are then computed side by side, and their length is
+    not read from the device. Returns ((1, T, Hq, d), None). Raises ModelError for an argument that would change
+    attention in a way not known here, and where the `kernel` that is named can't do what is asked.
     """
     foreign = foreign_arguments(kwargs)
     if foreign or attention_mask is not None or cu_seq_lens_q is None:
@@ -95,10 +102,14 @@ def packed_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
+    if packed_rows is None:
+        lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
+        # `split` and not slices: its backward pass is one concatenation, where every slice would fill a whole tensor.
+        parts = (x.split(lengths, dim=2) for x in (query, key, value))
+    else:
+        lengths = [query.shape[2] // packed_rows]
+        parts = ([x[0].unflatten(1, (packed_rows, -1)).transpose(0, 1)] for x in (query, key, value))
     outputs = []
-    # `split` and not slices: its backward pass is one concatenation, where every slice would fill a whole tensor.
-    parts = (x.split(lengths, dim=2) for x in (query, key, value))
     for length, q, k, v in zip(lengths, *parts, strict=True):
         window = sliding_window if sliding_window is not None and length > sliding_window else None
         if plain and kernel != "eager":
@@ -109,6 +120,8 @@ def packed_attention(
         else:
             out = _explicit(q, k, v, scale, window, softcap, s_aux, dropout)
         outputs.append(out)
+    if packed_rows is not None:  # (rows, Hq, length, d)
+        return outputs[0].transpose(1, 2).flatten(0, 1)[None], None
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 

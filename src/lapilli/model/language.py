@@ -58,8 +58,12 @@ def packed_states(
     cu_seqlens: torch.Tensor,
     packing: Packing,
     kernel: attention.Kernel = "auto",
+    rows: int | None = None,
 ) -> torch.Tensor:
-    """Run the layers over a packed sequence: embeds (T, D), position_ids (T,), cu_seqlens (N+1,) -> states (T, D)."""
+    """Run the layers over a packed sequence: embeds (T, D), position_ids (T,), cu_seqlens (N+1,) -> states (T, D).
+
+    `rows` says that there are so many segments, all of one length; then no shape depends on what is in `cu_seqlens`.
+    """
     base = language_model.base_model
     if packing == "varlen":
         use_attention(language_model, attention.packed_name(kernel))
@@ -69,11 +73,13 @@ def packed_states(
             use_cache=False,
             cu_seq_lens_q=cu_seqlens,
             cu_seq_lens_k=cu_seqlens,
+            **_said_of(rows),
         ).last_hidden_state[0]
     if kernel != "auto":
         use_attention(language_model, kernel)
-    padded, mask = to_padded(embeds, cu_seqlens)
-    return base(inputs_embeds=padded, attention_mask=mask, use_cache=False).last_hidden_state[mask.bool()]
+    padded, mask = to_padded(embeds, cu_seqlens, rows)
+    states = base(inputs_embeds=padded, attention_mask=mask, use_cache=False).last_hidden_state
+    return states.flatten(0, 1) if rows is not None else states[mask.bool()]
 
 
 def packed_logits(
@@ -84,6 +90,7 @@ def packed_logits(
     keep: torch.Tensor,
     packing: Packing,
     kernel: attention.Kernel = "auto",
+    rows: int | None = None,
 ) -> torch.Tensor:
     """As `packed_states`, through the model's own output layer, at positions `keep` (S,): logits (S, V)."""
     if packing == "varlen":
@@ -95,15 +102,27 @@ def packed_logits(
             logits_to_keep=keep,
             cu_seq_lens_q=cu_seqlens,
             cu_seq_lens_k=cu_seqlens,
+            **_said_of(rows),
         ).logits[0]
     if kernel != "auto":
         use_attention(language_model, kernel)
-    padded, mask = to_padded(embeds, cu_seqlens)
-    return language_model(inputs_embeds=padded, attention_mask=mask, use_cache=False).logits[mask.bool()][keep]
+    padded, mask = to_padded(embeds, cu_seqlens, rows)
+    logits = language_model(inputs_embeds=padded, attention_mask=mask, use_cache=False).logits
+    return (logits.flatten(0, 1) if rows is not None else logits[mask.bool()])[keep]
 
 
-def to_padded(embeds: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _said_of(rows: int | None) -> dict[str, int]:
+    """What attention is told of rows; nothing where there are none, since models pass on whatever they are given."""
+    return {} if rows is None else {"packed_rows": rows}
+
+
+def to_padded(
+    embeds: torch.Tensor, cu_seqlens: torch.Tensor, rows: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Lay packed embeds (T, D) out as (N, longest, D), padded on the right, with a mask (N, longest) of ones."""
+    if rows is not None:
+        padded = embeds.unflatten(0, (rows, -1))
+        return padded, torch.ones(padded.shape[:2], dtype=torch.long, device=embeds.device)
     parts = torch.split(embeds, (cu_seqlens[1:] - cu_seqlens[:-1]).tolist())
     padded = nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
     lengths = torch.tensor([len(p) for p in parts], device=embeds.device)

@@ -118,15 +118,26 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
 
     # ---- packed sequences -----------------------------------------------------------------------------------------
 
-    def embed(self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed input_ids (T,) -> (T, D), with image_features (sum of tokens, D) at the image tokens, in order.
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        image_features: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embed input_ids (T,) -> (T, D), with image_features (F, D) at the image tokens, in order.
 
-        Raises ModelError if image tokens and features differ in number.
+        Where the image tokens stand may be given as `places` (F,), T for a feature that goes nowhere: then nothing is
+        looked for on the device. Raises ModelError if image tokens and features differ in number.
         """
         is_image = input_ids == self.config.image_token_id
-        places = is_image.nonzero(as_tuple=True)[0]
         # The image token's own row is never read: it may be missing, and its gradient would be zero.
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        if places is not None:
+            if image_features is None:
+                return embeds
+            spare = embeds.new_zeros(1, embeds.shape[1])
+            return torch.cat([embeds, spare]).index_copy(0, places, image_features.to(embeds.dtype))[:-1]
+        places = is_image.nonzero(as_tuple=True)[0]
         features = 0 if image_features is None else image_features.shape[0]
         if len(places) != features:
             raise ModelError(
@@ -137,13 +148,16 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
             return embeds
         return embeds.index_copy(0, places, image_features.to(embeds.dtype))
 
-    def hidden_states(self, embeds: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    def hidden_states(
+        self, embeds: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, rows: int | None = None
+    ) -> torch.Tensor:
         """Run the language model over a packed sequence, each segment by itself.
 
-        embeds (T, D), position_ids (T,) restarting with each segment, cu_seqlens (N+1,) int32 -> states (T, D).
+        embeds (T, D), position_ids (T,) restarting with each segment, cu_seqlens (N+1,) int32 -> states (T, D). `rows`:
+        there are so many segments, all of one length.
         """
         return language.packed_states(
-            self.language_model, embeds, position_ids, cu_seqlens, self.config.packing, self.attention_kernel
+            self.language_model, embeds, position_ids, cu_seqlens, self.config.packing, self.attention_kernel, rows
         )
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
@@ -151,13 +165,25 @@ class VisionLanguageModel(PreTrainedModel, GenerationMixin):
         return language.output_layer(self.language_model)(states)
 
     def packed_logits(
-        self, embeds: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, keep: torch.Tensor
+        self,
+        embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        keep: torch.Tensor,
+        rows: int | None = None,
     ) -> torch.Tensor:
         """Logits (S, V) of a packed sequence at positions `keep` (S,), whatever the language model's head."""
         if self.config.head == "direct":
-            return self.head(self.hidden_states(embeds, position_ids, cu_seqlens)[keep])
+            return self.head(self.hidden_states(embeds, position_ids, cu_seqlens, rows)[keep])
         return language.packed_logits(
-            self.language_model, embeds, position_ids, cu_seqlens, keep, self.config.packing, self.attention_kernel
+            self.language_model,
+            embeds,
+            position_ids,
+            cu_seqlens,
+            keep,
+            self.config.packing,
+            self.attention_kernel,
+            rows,
         )
 
     def without_image_token(self, logits: torch.Tensor) -> torch.Tensor:

@@ -35,22 +35,22 @@ class LossModule(nn.Module):
         Batch goes through the whole language model, and with True also through vision encoder and projector. What it
         does not need adds nothing to the loss and gets gradients of zero.
         """
-        # labels[t] is token t itself; it is predicted from the state of position t - 1 of the same Example.
-        targets_at = (batch.labels != IGNORE).nonzero().flatten()
-        if pictures is None and len(targets_at) == 0:
+        keep, targets, weights = batch.supervision()
+        if pictures is None and len(targets) == 0:
             return batch.labels.new_zeros((), dtype=torch.float32)
-        weights = None if batch.weights is None else batch.weights[targets_at]
-        model, keep, targets = self.model, targets_at - 1, batch.labels[targets_at]
-        embeds = model.embed(batch.input_ids, self._features(batch, pictures or False))
+        model, places, rows = self.model, None, None
+        if batch.places is not None:
+            places, rows = batch.places.features, batch.places.rows
+        embeds = model.embed(batch.input_ids, self._features(batch, pictures or False), places)
         kind = embeds.device.type
         if torch.is_autocast_enabled(kind):
             # The layers' sums then stay in bf16 from end to end, as in the original's runs, and attention gets its
             # queries in the precision its fast kernels take.
             embeds = embeds.to(torch.get_autocast_dtype(kind))
         if model.config.head != "direct":
-            logits = model.packed_logits(embeds, batch.position_ids, batch.cu_seqlens, keep)
+            logits = model.packed_logits(embeds, batch.position_ids, batch.cu_seqlens, keep, rows)
             return self._cross_entropy(logits, targets, weights)
-        states = model.hidden_states(embeds, batch.position_ids, batch.cu_seqlens)
+        states = model.hidden_states(embeds, batch.position_ids, batch.cu_seqlens, rows)
         return self._loss_of_states(states.index_select(0, keep), targets, weights)
 
     def idle_batch(self) -> Batch:

@@ -1,0 +1,143 @@
+"""Batches of fixed shapes teach what packed ones teach, and a device that compiles sees no more shapes than those."""
+
+from collections import defaultdict
+from contextlib import nullcontext
+from copy import deepcopy
+
+import pytest
+import torch
+from tests.train.conftest import IMAGE_TOKEN, LAYOUT, VOCABULARY
+from transformers import AutoModelForCausalLM as Causal
+from transformers import (
+    BloomConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Gemma2Config,
+    LlamaConfig,
+)
+
+from lapilli.data.buckets import choose_shapes, plan_shapes
+from lapilli.data.rows import fill_rows
+from lapilli.model.config import LapilliConfig
+from lapilli.model.language import probe_language
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.train.loss import LossModule
+from lapilli.train.parallel.single import Single
+from lapilli.train.step import accumulate
+
+CPU = torch.device("cpu")
+SMALL = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+TEXTS = {
+    "llama": LlamaConfig(**SMALL),
+    # Caps its logits (so its own forward pass makes them), softcaps attention, slides a window in every other layer.
+    "gemma2": Gemma2Config(**SMALL, head_dim=8, sliding_window=6, attention_dropout=0.0),
+    # Does not take packed sequences.
+    "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0),
+}
+
+
+def make_model(name):
+    text = deepcopy(TEXTS[name])  # models write into theirs
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    traits = probe_language(text)
+    config = LapilliConfig(
+        vision_config=vision, text_config=text, layout=LAYOUT.model_dump(), image_token_id=IMAGE_TOKEN,
+        packing=traits.packing, head=traits.head,
+    )  # fmt: skip
+    model = VisionLanguageModel(config, CLIPVisionModel(vision), Causal.from_config(text)).float()
+    return model.train(), traits
+
+
+def fixed(examples, tiles, count=2, budget=96):
+    """The Examples of a step in batches of at most `count` shapes."""
+    columns = [[one.length for one in examples], [len(one.images) for one in examples]]
+    columns.append([one.supervised for one in examples])
+    shapes = choose_shapes(*columns, budget, count, multiple=4)
+    return [
+        fill_rows(
+            [examples[i] for i in batch.positions], [t for i in batch.positions for t in tiles[i]], batch.shape,
+            tile_size=(8, 8), tokens_per_picture=4,
+        )
+        for batch in plan_shapes(*columns, shapes)
+    ], shapes  # fmt: skip
+
+
+def gradients(model, image_spec, batches):
+    model.zero_grad()
+    losses = accumulate(Single(LossModule(model, image_spec)), batches, "tokens", CPU, nullcontext())
+    return sum(losses), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_losses_and_gradients_are_those_of_packed_batches(tiny_step, split, image_spec, name, recompute):
+    model, traits = make_model(name)
+    assert {"llama": ("varlen", "direct"), "gemma2": ("varlen", "forward"), "bloom": ("padded", "direct")}[name] == (
+        traits.packing, traits.head,
+    )  # fmt: skip
+    if recompute:
+        model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+    examples, tiles = tiny_step(9)
+    loss, packed = gradients(model, image_spec, split(examples, tiles, 2))
+    batches, shapes = fixed(examples, tiles)
+    assert len(batches) > len(shapes) == 2
+    fixed_loss, other = gradients(model, image_spec, batches)
+    assert fixed_loss == pytest.approx(loss, rel=1e-5)
+    assert packed.keys() == other.keys()
+    for name, gradient in packed.items():
+        assert (other[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+
+
+def test_padding_teaches_nothing_whatever_it_holds(tiny_model, tiny_step, image_spec):
+    model, (examples, tiles) = tiny_model(), tiny_step(5)
+    batches, _ = fixed(examples, tiles)
+    loss, before = gradients(model, image_spec, batches)
+    for batch in batches:
+        filled = torch.zeros(len(batch.input_ids), dtype=torch.bool)
+        for row, name in enumerate(batch.ids):
+            start = int(batch.cu_seqlens[row])
+            filled[start : start + next(e.length for e in examples if e.id == name)] = True
+        batch.input_ids[~filled] = torch.randint(2, VOCABULARY, (int((~filled).sum()),))
+        for pixels in batch.images.values():
+            unused = 4 * len(pixels.tiles) - int((batch.places.features < len(filled)).sum())
+            if unused:
+                pixels.tiles[-unused // 4 :] = 255
+    again, after = gradients(model, image_spec, batches)
+    assert again == loss
+    assert all(torch.equal(gradient, after[name]) for name, gradient in before.items())
+
+
+class Shapes:
+    """Every combination of input shapes that the parts of a model are called with."""
+
+    def __init__(self, module):
+        self.seen = defaultdict(set)
+        for name, part in module.named_modules():
+            part.register_forward_pre_hook(self._noting(name), with_kwargs=True)
+
+    def _noting(self, name):
+        def note(_module, args, kwargs):
+            given = [*args, *(kwargs[key] for key in sorted(kwargs))]
+            self.seen[name].add(tuple((x.shape, x.dtype) for x in given if isinstance(x, torch.Tensor)))
+
+        return note
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_part_sees_no_more_shapes_than_there_are(tiny_step, image_spec, name):
+    model, _ = make_model(name)
+    module = LossModule(model, image_spec)
+    examples, tiles = tiny_step(40)
+    batches, shapes = fixed(examples, tiles, count=3)
+    assert len(batches) > 5
+    shapes_seen = Shapes(module)
+    for batch in batches:
+        module(batch).backward()
+    assert len(shapes) == 3
+    assert {n: len(seen) for n, seen in shapes_seen.seen.items() if len(seen) > 3} == {}
