@@ -199,8 +199,9 @@ class Train(Section):
     """The schedule ends at this part of the learning rate."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are scaled down to this norm where they exceed it; null: never."""
-    gradient_checkpointing: Literal["none", "full"] = "none"
-    """`full` recomputes each layer of the trained parts in the backward pass: less memory, about a third slower."""
+    gradient_checkpointing: Literal["none", "selective", "full"] = "none"
+    """`full` recomputes each layer of the trained parts in the backward pass: less memory, about a third slower.
+    `selective` keeps what matrix products and attention made and recomputes the cheap rest."""
     validate_every: Positive | None = None
     """Steps between validation losses; null: at the end only, when `data.validation` is given."""
     evaluate: tuple[Evaluation, ...] = ()
@@ -268,6 +269,9 @@ class Run(Section):
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     """What computes attention: PyTorch's variable-length FlashAttention-2 (CUDA, bf16), its
     scaled_dot_product_attention, or plain matrix products. `auto` takes the first that can."""
+    compile: bool = False
+    """Compile the layers of encoder and language model with torch.compile: one program for all layers and lengths. The
+    first steps wait for the compiler."""
     seed: int = 42
     """Of the sample order, of new weights and of dropout."""
     checkpoints: Literal["async", "sync"] = "async"

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 
@@ -33,6 +33,7 @@ from lapilli.train.parallel.single import Single
 from lapilli.train.parallel.world import ALONE, World
 from lapilli.train.precision import settle
 from lapilli.train.reading import Reading, limits, read_corpus, read_description, reading
+from lapilli.train.recompute import check_compile, compile_layers, keep_for_backward
 
 Say = Callable[[str], None]
 
@@ -77,6 +78,7 @@ def prepare(
     check_files([stage])
     # 2. The engine; the device, its threads and seeds.
     engine_wanted = engine_name(stage.run.engine, world)
+    check_compile(stage, engine_wanted)
     device = choose_device(stage.run.device, world.local_rank)
     _settle(stage, device)
     # 3. Names and shapes that the model's folder gives: template, image mode, tokenizer.
@@ -95,6 +97,8 @@ def prepare(
     loaded = load(str(stage.model), device="cpu", dtype=torch.float32)
     parts = make_trainable(loaded.model, stage, how)
     settle(loaded.model, stage.run, device, say)
+    if stage.run.compile:
+        say(f"compiled when they first run: {compile_layers(loaded.model, device.device)} layers")
     say(describe_parts(parts))
     # 7. What drives the training, as soon as every process has come so far: the engine sends weights.
     world.exchange(None)
@@ -218,20 +222,8 @@ def make_trainable(model: VisionLanguageModel, stage: Stage, how: Reading) -> Se
     model.layout = how.layout
     model.config.layout = how.spec.joined["layout"]
     training_mode(model)
-    if train.gradient_checkpointing == "full":
-        for part in (model.language_model, model.vision_encoder):
-            if part.training:
-                _recompute_layers(part)
+    keep_for_backward(model, train.gradient_checkpointing)
     return table(model)
-
-
-def _recompute_layers(part: Any) -> None:
-    # Renamed in transformers 5; the older name warns.
-    enable = getattr(part, "activation_checkpointing_enable", None) or part.gradient_checkpointing_enable
-    try:
-        enable({"use_reentrant": False})
-    except ValueError as error:
-        raise RunError(f"train.gradient_checkpointing: {type(part).__name__} can't do it; use none") from error
 
 
 def training_mode(model: VisionLanguageModel) -> None:
