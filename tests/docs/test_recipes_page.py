@@ -20,7 +20,7 @@ def keys(model, prefix=""):
 
 
 def test_keys_and_defaults():
-    rows = re.findall(r"^\| `([a-z_.\[\]]+)` \| .*? \| (.*?) \| ", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z0-9_.\[\]]+)` \| .*? \| (.*?) \| ", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     written = {key: yaml.safe_load(value) for key, value in rows}
     expected = dict(keys(Stage)) | dict(keys(Lora, "train.lora.")) | dict(keys(Source, "data.train[]."))
     expected |= dict(keys(Evaluation, "train.evaluate[]."))

@@ -102,7 +102,7 @@ def compile_layers(model: VisionLanguageModel, device: torch.device) -> int:
 class _Compiled:
     """One layer's forward pass: compiled, and run again in the backward pass where the layer was told so."""
 
-    def __init__(self, layer: nn.Module, compiled: Callable[..., Any], *, always: bool) -> None:
+    def __init__(self, layer: Any, compiled: Callable[..., Any], *, always: bool) -> None:
         self._layer, self._compiled, self._always = layer, compiled, always
         self._again = bool(getattr(layer, "gradient_checkpointing", False))
         self._plain = layer.forward
