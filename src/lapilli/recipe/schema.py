@@ -202,6 +202,11 @@ class Train(Section):
     gradient_checkpointing: Literal["none", "selective", "full"] = "none"
     """`full` recomputes each layer of the trained parts in the backward pass: less memory, about a third slower.
     `selective` keeps what matrix products and attention made and recomputes the cheap rest."""
+    non_finite: Literal["stop", "skip", "bisect"] = "stop"
+    """What happens to a step whose loss or gradient is not finite; no weight ever changes by it. `stop` ends the run,
+    `skip` goes on without the step, `bisect` ends the run with the samples that give it by themselves."""
+    max_skipped_steps: Positive = 3
+    """Steps that `non_finite: skip` may leave out in a run; one more stops it."""
     validate_every: Positive | None = None
     """Steps between validation losses; null: at the end only, when `data.validation` is given."""
     evaluate: tuple[Evaluation, ...] = ()
@@ -254,13 +259,28 @@ class Train(Section):
         return self
 
 
+class Fsdp(Section):
+    """How `run.engine: fsdp` splits the model; without meaning for other engines."""
+
+    frozen: Literal["replicate", "shard"] = "replicate"
+    """What does not train: whole in every process, or split as what trains is and gathered where it is needed."""
+    reshard: bool | Positive = True
+    """Let go of a layer's gathered weights between its forward and its backward pass; false keeps them, which takes
+    memory and saves sending them again; a number keeps them split over so many processes, as those of one machine."""
+    offload: bool = False
+    """Keep weights, gradients and the optimiser's state in the CPU's memory; the optimiser then steps there."""
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which gradients are sent and summed."""
+
+
 class Run(Section):
     """Where and how the run is carried out; nothing here changes what is learned beyond rounding."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    engine: Literal["auto", "single", "ddp"] = "auto"
-    """How several processes, started by torchrun or SLURM, train together: `ddp` has the whole model in each of them.
-    `auto` is `single` for one process, else `ddp`."""
+    engine: Literal["auto", "single", "ddp", "fsdp"] = "auto"
+    """How several processes, started by torchrun or SLURM, train together: `ddp` has the whole model in each of them,
+    `fsdp` splits it over them. `auto` is `single` for one process, else `ddp`."""
+    fsdp: Fsdp = Fsdp()
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 holds trained weights in fp32 and computes in bf16; frozen weights are held in bf16. What was really computed
     is printed after the first step."""

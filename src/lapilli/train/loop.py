@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any, TextIO
 
@@ -21,12 +22,13 @@ from lapilli.train.checkpoints import Checkpoints
 from lapilli.train.left_out import list_left_out
 from lapilli.train.metrics import MetricsFile
 from lapilli.train.monitor import Monitor, computed_positions
+from lapilli.train.non_finite import Guard
 from lapilli.train.optimizer import set_learning_rate
 from lapilli.train.precision import Audit
 from lapilli.train.schedule import factor
-from lapilli.train.setup import Prepared
+from lapilli.train.setup import Prepared, Say
 from lapilli.train.state import State
-from lapilli.train.step import StepTotals, train_step
+from lapilli.train.step import StepTotals
 from lapilli.train.validate import validation_loss
 
 Evaluate = Callable[[Prepared, int, bool, Progress, Callable[[], bool]], dict[str, float | None]]
@@ -43,12 +45,13 @@ class Loop:
         metrics: MetricsFile | None,
         checkpoints: Checkpoints,
         average: Average | None,
+        guard: Guard,
         facts: dict[str, Any],
         done: int,
         evaluate: Evaluate | None,
     ) -> None:
         self.ready, self.metrics, self.checkpoints, self.evaluate = ready, metrics, checkpoints, evaluate
-        self.average, self.facts, self.done = average, facts, done
+        self.average, self.guard, self.facts, self.done = average, guard, facts, done
         self.world = ready.engine.world
         self.monitor = Monitor(ready.total_steps)
         self.saved = done
@@ -69,11 +72,9 @@ class Loop:
                         progress.write(f"left out: {one.reason}")
                     if self.world.first:
                         list_left_out(ready)
-                row = self._step(step, whole, positions, began)
+                row = self._step(step, whole, positions, began, progress.write)
                 for line in audit.lines():
                     progress.write(line)
-                if self.average is not None:
-                    self.average.update(row["step"])
                 self.done, self.validated = row["step"], None
                 last = self.done == ready.total_steps
                 if ready.validation is not None and (last or _due(self.done, train.validate_every)):
@@ -136,28 +137,20 @@ class Loop:
     def _scores(
         self, evaluate: Evaluate, last: bool, progress: Progress, wish: StopWish
     ) -> dict[str, dict[str, float | None]]:
-        with self.world.together():
+        due = any(last or _due(self.done, task.every) for task in self.ready.stage.train.evaluate)
+        with self.ready.engine.whole_model() if due else nullcontext(), self.world.together():
             scores = self.world.from_first(
                 lambda: evaluate(self.ready, self.done, last, progress, lambda: wish.signal is not None)
             )
         return {"evaluation": scores} if scores else {}
 
-    def _step(self, step: Step, whole: StepTotals, positions: int, began: float) -> dict[str, Any]:
+    def _step(self, step: Step, whole: StepTotals, positions: int, began: float, say: Say) -> dict[str, Any]:
         ready, train = self.ready, self.ready.stage.train
         number = step.step + 1
         scale = factor(number, ready.total_steps, train)
         set_learning_rate(ready.optimizer, scale)
-        result = train_step(
-            ready.engine,
-            ready.optimizer,
-            step.batches,
-            train,
-            ready.device.device,
-            autocast=ready.device.autocast(ready.stage.run.precision),
-            where=f"step {number}",
-            whole=whole,
-        )
-        return self.monitor.row(
+        result = self.guard.step(step, whole, say)
+        row = self.monitor.row(
             number,
             step.epoch,
             result,
@@ -167,6 +160,11 @@ class Loop:
             padding=1 - whole.tokens / positions,
             memory_bytes=ready.device.peak_memory_bytes(),
         )
+        if self.guard.was_skipped(number):
+            row["skipped"] = self.guard.skipped[-1].reason
+        elif self.average is not None:
+            self.average.update(number)
+        return row
 
     def save(self) -> None:
         """Write the state after the last step that was done, if it is not written yet."""
@@ -176,7 +174,7 @@ class Loop:
         if self.metrics is not None:
             self.metrics.make_durable()
         bad = () if ready.loader.quarantine is None else tuple(ready.loader.quarantine.found.values())
-        self.checkpoints.save(State(self.done, self.facts, bad, self.validated))
+        self.checkpoints.save(State(self.done, self.facts, bad, tuple(self.guard.skipped), self.validated))
         self.saved = self.done
 
     def _among_the_best(self) -> bool:

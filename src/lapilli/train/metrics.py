@@ -1,6 +1,7 @@
 """`metrics.jsonl`: one JSON object per optimiser step, each step once, whatever happened to the run."""
 
 import json
+import math
 import os
 from pathlib import Path
 from types import TracebackType
@@ -41,7 +42,9 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        """Write a step's numbers; what is not finite becomes null, which other readers of JSON understand."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
 
     def make_durable(self) -> None:

@@ -14,8 +14,8 @@ from lapilli.train.setup import Prepared
 
 def loss_section(heading: str, rows: Sequence[dict[str, Any]]) -> Html:
     """Training loss of every step, and validation loss where it was computed."""
-    curves = {"training": [(r["step"], r["loss"]) for r in rows]}
-    held_out = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]
+    curves = {"training": [(r["step"], r["loss"]) for r in rows if r["loss"] is not None]}
+    held_out = [(r["step"], r["validation_loss"]) for r in rows if r.get("validation_loss") is not None]
     if held_out:
         curves["validation"] = held_out
     return section(heading, line_chart(curves))
@@ -41,7 +41,9 @@ def write_report(ready: Prepared, rows: Sequence[dict[str, Any]]) -> None:
     stage, index = ready.stage, ready.corpus.index
     seconds = sum(r["seconds"] for r in rows)
     tokens = sum(r["tokens"] for r in rows)
-    held_out = [r["validation_loss"] for r in rows if "validation_loss" in r]
+    losses = [r["loss"] for r in rows if r["loss"] is not None]
+    skipped = [r["step"] for r in rows if "skipped" in r]
+    held_out = [r["validation_loss"] for r in rows if r.get("validation_loss") is not None]
     scores = {name: value for row in rows for name, value in row.get("evaluation", {}).items()}
     totals: list[tuple[str, object]] = [
         ("started from", stage.model),
@@ -49,7 +51,8 @@ def write_report(ready: Prepared, rows: Sequence[dict[str, Any]]) -> None:
         ("samples", sum(r["samples"] for r in rows)),
         ("tokens", tokens),
         ("supervised tokens", sum(r["supervised_tokens"] for r in rows)),
-        ("first and last loss", f"{rows[0]['loss']:.4f}, {rows[-1]['loss']:.4f}"),
+        ("first and last loss", f"{losses[0]:.4f}, {losses[-1]:.4f}" if losses else "-"),
+        *([("steps skipped, not finite", ", ".join(map(str, skipped)))] if skipped else []),
         *([("last validation loss", f"{held_out[-1]:.4f}")] if held_out else []),
         *((f"last score, {name}", "-" if value is None else f"{value:.2f}") for name, value in scores.items()),
         ("time in steps", duration(seconds)),

@@ -29,6 +29,7 @@ from lapilli.train.folder import MANIFEST, only_writer, open_folder, refuse_diff
 from lapilli.train.left_out import list_left_out
 from lapilli.train.loop import Evaluate, Loop
 from lapilli.train.metrics import MetricsFile, read_metrics
+from lapilli.train.non_finite import Guard
 from lapilli.train.parallel.world import ALONE, ProcessLost, World
 from lapilli.train.report import write_report
 from lapilli.train.setup import Prepared, Say, prepare
@@ -86,21 +87,23 @@ def _train(
     facts, world = run_facts(ready.stage) | {"data": ready.corpus.index.stamp}, ready.engine.world
     decay = ready.stage.train.average_decay
     average = Average(ready.engine, decay) if decay is not None else None
+    guard = Guard(ready)
     with world.together():
-        done = _go_on(ready, average, facts, say)
+        done = _go_on(ready, average, guard, facts, say)
         world.from_first(lambda: _begin_folder(ready, origins, facts))
     with (
         StopWish() as wish,
         MetricsFile(ready.folder.metrics, done) if world.first else nullcontext() as metrics,
         _checkpoints(ready, average) as checkpoints,
     ):
-        loop = Loop(ready, metrics, checkpoints, average, facts, done, evaluate)
+        loop = Loop(ready, metrics, checkpoints, average, guard, facts, done, evaluate)
         try:
             loop.run(wish, stream)
         except ProcessLost:
             raise
         except LapilliError:
-            _save_what_is_done(loop, say)
+            if ready.engine.intact:
+                _save_what_is_done(loop, say)
             raise
     if checkpoints.saved:
         say(f"{checkpoints.saved} checkpoints saved; training stood still {checkpoints.waited_seconds:.1f} s for them")
@@ -115,6 +118,8 @@ def _train(
 
     with world.together():
         choose_weights(ready, average, say)
+    ready.engine.collect()
+    with world.together():
         world.from_first(finish)
     say(f"done: {ready.folder.model}")
     return Outcome(loop.done, ready.total_steps)
@@ -162,7 +167,7 @@ def _processes(ready: Prepared) -> str:
     return "" if size == 1 else f", {size} processes ({name})"
 
 
-def _go_on(ready: Prepared, average: Average | None, facts: dict[str, Any], say: Say) -> int:
+def _go_on(ready: Prepared, average: Average | None, guard: Guard, facts: dict[str, Any], say: Say) -> int:
     """Put a checkpoint's state in place if there is one, and return the steps done."""
     folder = ready.folder
     done = 0
@@ -174,6 +179,7 @@ def _go_on(ready: Prepared, average: Average | None, facts: dict[str, Any], say:
             average.load(Saved(folder.resume_from))
         set_random(folder.resume_from, ready.engine.world.rank, ready.device)
         done = state.step
+        guard.skipped = list(state.skipped)
         if ready.loader.quarantine is not None:
             ready.loader.quarantine.add(state.bad)
         say(f"going on after step {done} ({folder.resume_from})")

@@ -33,14 +33,23 @@ _NAME = "step-"
 
 
 @dataclass(frozen=True)
+class SkippedStep:
+    """A step, counted from 1, that changed no weight because it was not finite, and what was not."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class State:
     """What stands in `state.json`: the optimiser steps done, the facts that a resumed run must share, the records found
-    bad so far, and the validation loss after the last step, if that was computed.
+    bad and the steps skipped so far, and the validation loss after the last step, if that was computed.
     """
 
     step: int
     facts: dict[str, Any]
     bad: tuple[BadRecord, ...] = ()
+    skipped: tuple[SkippedStep, ...] = ()
     validation_loss: float | None = None
 
 
@@ -77,7 +86,8 @@ def read_state(folder: Path) -> State:
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
                 raise RunError(f"{folder / name}: missing or cut short; go on from another checkpoint: --resume FOLDER")
         bad = tuple(BadRecord(**one) for one in content["bad"])
-        return State(content["step"], content["facts"], bad, content["validation_loss"])
+        skipped = tuple(SkippedStep(**one) for one in content["skipped"])
+        return State(content["step"], content["facts"], bad, skipped, content["validation_loss"])
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{folder}: {_CONTENT} can't be read: {error!r}") from error
 

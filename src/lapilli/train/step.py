@@ -19,6 +19,14 @@ from lapilli.train.parallel.single import Single
 from lapilli.train.parallel.world import World
 
 
+class NonFinite(RunError):
+    """A step's loss or gradient is not finite, which `what` says; no weight was changed."""
+
+    def __init__(self, where: str, what: str, samples: Iterable[str]) -> None:
+        self.what = what
+        super().__init__(f"{where}: {what} (no weight was changed); samples: {', '.join(samples)}")
+
+
 @dataclass(frozen=True)
 class StepResult:
     loss: float
@@ -107,7 +115,7 @@ def train_step(
 ) -> StepResult:
     """Learn from one step's micro-batches; `where` names the step in errors, `whole` is the step on all processes.
 
-    Raises RunError, on all processes and before any weight is changed, if loss or gradient is not finite; the message
+    Raises NonFinite, on all processes and before any weight is changed, if loss or gradient is not finite; the message
     names the samples.
     """
     whole = StepTotals.of(batches) if whole is None else whole
@@ -117,17 +125,16 @@ def train_step(
     loss = _finite_sum(engine.world, losses, batches, where)
     grad_norm = engine.update(optimizer, train.max_grad_norm)
     if not math.isfinite(grad_norm):
-        ids = ", ".join(i for ids in engine.world.exchange([i for b in batches for i in b.ids]) for i in ids)
-        raise RunError(f"{where}: the gradient norm is {grad_norm} (no weight was changed); samples: {ids}")
+        ids = [i for ids in engine.world.exchange([i for b in batches for i in b.ids]) for i in ids]
+        raise NonFinite(where, f"the gradient norm is {grad_norm}", ids)
     return StepResult(loss, grad_norm, whole.tokens, whole.supervised, whole.samples)
 
 
 def _finite_sum(world: World, losses: Sequence[float], batches: Sequence[Batch], where: str) -> float:
-    """Return the loss of all processes. Raises RunError, on all of them, naming the samples of what is not finite."""
+    """Return the loss of all processes. Raises NonFinite, on all of them, naming the samples of what is not finite."""
     broken = [(loss, batch.ids) for loss, batch in zip(losses, batches, strict=True) if not math.isfinite(loss)]
     parts = world.exchange([0.0 if broken else math.fsum(losses), broken[:1]])
     found = [one for _, broken in parts for one in broken]
     if found:
-        ids = ", ".join(i for _, ids in found for i in ids)
-        raise RunError(f"{where}: the loss is {found[0][0]} (no weight was changed); samples: {ids}")
+        raise NonFinite(where, f"the loss is {found[0][0]}", [i for _, ids in found for i in ids])
     return math.fsum(part for part, _ in parts)

@@ -94,6 +94,10 @@ class Single:
     def complete(self, parameters: Sequence[nn.Parameter]) -> None:
         """Add up, after the last backward pass of a step, the gradients of all processes. Every parameter has one."""
 
+    def finite_gradients(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether this process's part of the gradients, as far as they are added up, is finite."""
+        return all(bool(p.grad.isfinite().all()) for _, p in self.trained() if p.grad is not None)
+
     def gradient_norm(self, parameters: list[nn.Parameter]) -> torch.Tensor:
         """L2 norm of all gradients together."""
         return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
