@@ -19,6 +19,7 @@ VERBS = {
     "build": ("lapilli.cli.build", "Join a vision encoder and a language model into a model folder."),
     "train": ("lapilli.cli.train", "Train a model as a recipe says."),
     "launch": ("lapilli.cli.launch", "Start a run in several processes: here, by SLURM, or in a cloud."),
+    "doctor": ("lapilli.cli.doctor", "Say what this machine has for training and serving, and what is missing."),
     "chat": ("lapilli.cli.chat", "Talk with a model about pictures, in the terminal."),
     "serve": ("lapilli.cli.serve", "Serve models over HTTP, as OpenAI's API."),
     "data": ("lapilli.cli.data", "Look at data as it will be trained."),
