@@ -18,13 +18,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its recipe with overrides. `signal` is sent to process 1 when `after` steps are in the metrics."""
+    """One run: its recipe with overrides. `signal` is sent to process 1 when `after` steps are in the metrics.
+
+    With `fail` a layer of process 0 raises it, as an error of its own, in the first step after `after`.
+    """
 
     recipe: str
     overrides: Sequence[str] = ()
     resume: str = "auto"
     signal: int = 0
     after: int = 0
+    fail: str = ""
 
 
 def run_together(jobs: Sequence[Job], folder: Path, processes: int = 2) -> list[list[dict[str, Any]]]:
@@ -60,6 +64,37 @@ def _happen(job: Job, metrics: Path) -> None:
     os.kill(os.getpid(), job.signal)
 
 
+class _Watcher:
+    """Called after every step, in process 0: notes what the engine is, and lets a layer fail if that is wished."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.engine: dict[str, Any] = {}
+
+    def __call__(self, ready: Any, step: int, *_: Any) -> dict[str, Any]:
+        here = [p.to_local() if hasattr(p, "to_local") else p for _, p in ready.engine.trained()]
+        kinds = [type(module).__mro__ for module in ready.engine.module.modules()]
+        self.engine = {
+            "name": ready.engine.name,
+            "units": sum("FSDPModule" in {cls.__name__ for cls in mro} for mro in kinds),
+            "trained": sum(p.numel() for _, p in ready.engine.trained()),
+            "trained here": sum(p.numel() for p in here),
+            "frozen here": sum(
+                (p.to_local() if hasattr(p, "to_local") else p).numel()
+                for p in ready.engine.module.parameters()
+                if not p.requires_grad
+            ),
+            "kinds": sorted({type(p).__name__ for _, p in ready.engine.trained()}),
+        }
+        if self.job.fail and step == self.job.after:
+
+            def fail(*_: Any) -> None:
+                raise RuntimeError(self.job.fail)
+
+            ready.loaded.model.language_model.base_model.layers[1].register_forward_pre_hook(fail)
+        return {}
+
+
 def _main() -> None:
     from lapilli.base.errors import LapilliError
     from lapilli.recipe.load import load_recipe
@@ -74,9 +109,12 @@ def _main() -> None:
             if job.signal and world.rank == 1:
                 metrics = Path(str(stage.out)) / "metrics.jsonl"
                 threading.Thread(target=_happen, args=(job, metrics), daemon=True).start()
+            watcher = _Watcher(job)
             try:
-                outcome = train_stage(stage, {}, resume=job.resume, stream=nowhere, world=world)
+                outcome = train_stage(stage, {}, resume=job.resume, stream=nowhere, world=world, evaluate=watcher)
                 said.append({"step": outcome.step, "stopped_by": outcome.stopped_by})
+                if watcher.engine:
+                    Path(str(stage.out), "engine.json").write_text(json.dumps(watcher.engine))
             except ProcessLost:
                 raise
             except LapilliError as error:

@@ -51,7 +51,8 @@ def settle(model: VisionLanguageModel, run: Run, device: Device, say: Say) -> No
         if not parameter.dtype.is_floating_point:
             continue  # quantised
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else computed)
-    model.to(device.device)  # type: ignore[arg-type]
+    if run.engine != "fsdp":  # which moves and splits it layer by layer
+        model.to(device.device)  # type: ignore[arg-type]
     said = device.use_tf32(run.tf32)
     if said:
         say(said)

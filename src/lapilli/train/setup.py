@@ -28,7 +28,7 @@ from lapilli.train.device.choose import Device, choose_device
 from lapilli.train.folder import RunFolder, open_folder
 from lapilli.train.loss import LossModule
 from lapilli.train.monitor import compact
-from lapilli.train.parallel.choose import engine_name, make_engine
+from lapilli.train.parallel.choose import check_engine, engine_name, make_engine
 from lapilli.train.parallel.single import Single
 from lapilli.train.parallel.world import ALONE, World
 from lapilli.train.precision import settle
@@ -78,6 +78,7 @@ def prepare(
     check_files([stage])
     # 2. The engine; the device, its threads and seeds.
     engine_wanted = engine_name(stage.run.engine, world)
+    check_engine(engine_wanted, stage.run, world)
     check_compile(stage, engine_wanted)
     device = choose_device(stage.run.device, world.local_rank)
     _settle(stage, device)
@@ -102,7 +103,7 @@ def prepare(
     say(describe_parts(parts))
     # 7. What drives the training, as soon as every process has come so far: the engine sends weights.
     world.exchange(None)
-    engine = make_engine(engine_wanted, LossModule(loaded.model, how.spec.image), world)
+    engine = make_engine(engine_wanted, LossModule(loaded.model, how.spec.image), world, stage.run, device.device)
     if not world.first:  # after new weights were drawn, the same everywhere: dropout differs
         torch.manual_seed(stage.run.seed + world.rank)
     optimizer = engine.optimizer(stage.train)

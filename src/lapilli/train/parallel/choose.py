@@ -1,6 +1,9 @@
 """Which engine a run uses."""
 
+import torch
+
 from lapilli.base.errors import RunError
+from lapilli.recipe.schema import Run
 from lapilli.train.loss import LossModule
 from lapilli.train.parallel.ddp import Ddp
 from lapilli.train.parallel.single import Single
@@ -21,6 +24,18 @@ def engine_name(wanted: str, world: World) -> str:
     return wanted
 
 
-def make_engine(name: str, module: LossModule, world: World) -> Single:
-    """Wrap the module in the engine of that name."""
+def check_engine(name: str, run: Run, world: World) -> None:
+    """Raise RunError for settings of the engine of that name that it can't have here, before anything is loaded."""
+    if name == "fsdp":
+        from lapilli.train.parallel.fsdp import check_fsdp
+
+        check_fsdp(run, world)
+
+
+def make_engine(name: str, module: LossModule, world: World, run: Run, device: torch.device) -> Single:
+    """Wrap the module in the engine of that name, which computes on `device`."""
+    if name == "fsdp":
+        from lapilli.train.parallel.fsdp import Fsdp
+
+        return Fsdp(module, world, run, device)
     return ENGINES[name](module, world)

@@ -1,0 +1,201 @@
+"""The weights split over all processes (PyTorch's FSDP2), gathered layer by layer where they are computed with.
+
+Each process holds its rows of every trained weight, of its gradient and of the optimiser's state. The layers of the
+language model, and of the vision encoder where it trains, are units: gathered together before they run, let go after.
+Everything else (embeddings, output layer, projector) is one more unit, which stays gathered from the beginning of a
+pass to its end. Gradients are summed, because a step's loss is normalised over all processes before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from lapilli.base.errors import ModelError, RunError
+from lapilli.model.vision import find_layers
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.recipe.schema import Run
+from lapilli.train.loss import LossModule
+from lapilli.train.parallel.lockstep import Lockstep
+from lapilli.train.parallel.world import World
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def check_fsdp(run: Run, world: World) -> None:
+    """Raise RunError for settings that this PyTorch or this number of processes can't have."""
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise RunError(f"run.engine: fsdp needs PyTorch 2.13 or newer, and this is {torch.__version__}; update it")
+    if world.size == 1:
+        raise RunError(
+            "run.engine: fsdp splits weights over several processes, and one was started; start more with torchrun, "
+            "or use auto"
+        )
+    reshard = run.fsdp.reshard
+    if not isinstance(reshard, bool) and (reshard == 1 or reshard >= world.size or world.size % reshard):
+        raise RunError(
+            f"run.fsdp.reshard: {reshard} processes can't share the weights between forward and backward pass: give a "
+            f"part of {world.size}, as the number of processes of one machine, or true or false"
+        )
+
+
+class Fsdp(Lockstep):
+    """Each process has its rows of the weights. All of them start from the first one's trained weights."""
+
+    name = "fsdp"
+
+    def __init__(self, module: LossModule, world: World, run: Run, device: torch.device) -> None:
+        super().__init__(module, world)
+        self.device, self._reshard = device, run.fsdp.reshard
+        whole = _unsplit(module.model, run)
+        self._whole = [p for p in whole if p.requires_grad]
+        options: dict[str, Any] = {
+            "mesh": init_device_mesh(device.type, (world.size,)),
+            "mp_policy": _precision(run),
+            "ignored_params": whole,
+        }
+        if run.fsdp.offload:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        layers = [layer for layer in _layers(module.model) if not whole.issuperset(layer.parameters())]
+        for layer in layers:
+            layer.to(device)
+            self._share(layer)
+            fully_shard(layer, **options, reshard_after_forward=self._reshard)
+        _move_rest(module, device, set(layers))
+        self._share(module)
+        fully_shard(module, **options)
+        self.units: list[FSDPModule] = [m for m in module.modules() if isinstance(m, FSDPModule)]
+        """The root first, then the layers in order."""
+        for unit in self.units:
+            # A sum, which Gloo knows too: a step's loss is normalised over all processes before.
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+        self._trained = [(name, p) for name, p in module.model.named_parameters() if p.requires_grad]
+
+    def _share(self, module: nn.Module) -> None:
+        with torch.no_grad():
+            trained = (p for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor))
+            self.world.share(p.data for p in trained)
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trainable parameters, DTensors of which this process has its rows, under their canonical names."""
+        return iter(self._trained)
+
+    def complete(self, parameters: Sequence[nn.Parameter]) -> None:
+        # Rows are summed by the backward pass itself.
+        self.world.add_up(p.grad for p in self._whole if p.grad is not None)
+
+    def gradient_norm(self, parameters: list[nn.Parameter]) -> torch.Tensor:
+        rows = [_local(p.grad) for p in parameters if isinstance(p.grad, DTensor)]
+        whole = [p.grad for p in self._whole if p.grad is not None]
+        square = nn.utils.get_total_norm(rows).square()
+        self.world.add_up([square])
+        return (square + nn.utils.get_total_norm(whole).square().to(square.device)).sqrt()
+
+    def clip(self, parameters: list[nn.Parameter], max_norm: float, norm: torch.Tensor) -> None:
+        gradients = [_local(p.grad) for p in parameters if p.grad is not None]
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils does it for whole gradients
+        for gradient in gradients:
+            gradient.mul_(factor.to(gradient.device))
+
+    def resting(self) -> None:
+        # Also forgets the order of these passes, from which the next backward pass would fetch weights ahead.
+        self.units[0].reset_iter_state()
+
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        if not isinstance(self._reshard, bool):
+            raise RunError(
+                f"run.fsdp.reshard: {self._reshard}: the model can't be gathered for train.evaluate then; use "
+                "true or false"
+            )
+        with self.passing():
+            for unit in self.units:
+                unit.unshard()
+                if not self.world.first:
+                    unit.reshard()
+        self._keep_gathered(True)
+        try:
+            yield
+        finally:
+            self._keep_gathered(False)
+            self.resting()
+
+    def _keep_gathered(self, keep: bool) -> None:
+        for unit in self.units[1:]:
+            unit.set_reshard_after_forward(self._reshard is True and not keep, recurse=False)
+
+    def collect(self) -> None:
+        model = self._model
+        shards = {id(p): p for p in model.parameters() if isinstance(p, DTensor)}
+        whole: dict[int, nn.Parameter] = {}
+        with self.passing(), torch.no_grad():
+            for key, shard in shards.items():
+                moved: Any = shard.to(self.device)
+                tensor = moved.full_tensor()
+                if self.world.first:
+                    whole[key] = nn.Parameter(tensor.cpu(), shard.requires_grad)
+        if not self.world.first:
+            return
+        for unit in self.units:
+            _forget(unit)
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if id(parameter) in whole:
+                    module._parameters[name] = whole[id(parameter)]
+        model.to("cpu")  # type: ignore[arg-type]
+
+
+def _unsplit(model: VisionLanguageModel, run: Run) -> set[nn.Parameter]:
+    """The parameters that every process keeps whole: frozen ones, unless they are split too, and single numbers."""
+    whole = {p for p in model.parameters() if p.ndim == 0 or (not p.requires_grad and run.fsdp.frozen == "replicate")}
+    packed = [name for name, p in model.named_parameters() if p not in whole and not p.is_floating_point()]
+    if packed:
+        raise RunError(f"run.fsdp.frozen: shard can't split quantised weights ({packed[0]}); use replicate")
+    return whole
+
+
+def _precision(run: Run) -> MixedPrecisionPolicy:
+    """Weights are gathered in what is computed with; gradients are summed in `run.fsdp.reduce`."""
+    computed = None if run.precision == "fp32" else torch.bfloat16
+    # Autocast decides about inputs, as in every other engine.
+    return MixedPrecisionPolicy(computed, _DTYPES[run.fsdp.reduce], cast_forward_inputs=False)
+
+
+def _layers(model: VisionLanguageModel) -> list[nn.Module]:
+    try:
+        return [layer for part in (model.vision_encoder, model.language_model) for layer in find_layers(part)]
+    except ModelError as error:
+        raise RunError(
+            f"run.engine: fsdp gathers weights layer by layer, and {type(model.language_model).__name__} has no plain "
+            "list of layers; use ddp or deepspeed"
+        ) from error
+
+
+def _move_rest(module: nn.Module, device: torch.device, layers: set[nn.Module]) -> None:
+    """Move what is in none of the layers, which are there already or lie on the CPU for good."""
+    if layers.isdisjoint(module.modules()):
+        module.to(device)
+    elif module not in layers:
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            tensor.data = tensor.data.to(device)
+        for child in module.children():
+            _move_rest(child, device, layers)
+
+
+def _local(tensor: torch.Tensor | None) -> torch.Tensor:
+    """This process's rows, or the whole of a tensor that is not split."""
+    assert tensor is not None
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _forget(unit: Any) -> None:
+    """Make a unit the module that it was, so that whole weights can be put into it; it can't run any more."""
+    unit.__class__ = type(unit).__bases__[1]
