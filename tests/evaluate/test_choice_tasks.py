@@ -3,9 +3,11 @@
 import json
 
 import pytest
-from tests.evaluate.test_mmbench import pictures, row, write  # noqa: F401
+from tests.evaluate.test_mmbench import pictures  # noqa: F401
 from tests.evaluate.test_scienceqa import reference
 from tests.evaluate.test_scienceqa import write as write_scienceqa
+from tests.support.benchmark_files import mmbench_file as write
+from tests.support.benchmark_files import mmbench_row as row
 from tests.support.tiny import build_parrot, make_picture
 
 import lapilli

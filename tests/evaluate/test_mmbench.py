@@ -1,11 +1,13 @@
 """MMBench: prompts and rounds as the original asks them, CircularEval, and the Excel file for the server."""
 
 import base64
-import csv
 import json
 
 import openpyxl
 import pytest
+from tests.support.benchmark_files import HEAD
+from tests.support.benchmark_files import mmbench_file as write
+from tests.support.benchmark_files import mmbench_row as row
 from tests.support.tiny import make_picture
 
 from lapilli.base.errors import DataError
@@ -15,11 +17,6 @@ from lapilli.evaluate.catalogue import load_task
 from lapilli.evaluate.job import open_job
 from lapilli.evaluate.run import score
 
-HEAD = [
-    *("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source"),
-    *("l2-category", "comment", "split"),
-]
-
 
 @pytest.fixture
 def pictures(tmp_path):
@@ -28,21 +25,6 @@ def pictures(tmp_path):
         make_picture(tmp_path / f"{seed}.png", seed=seed)
         made.append(base64.b64encode((tmp_path / f"{seed}.png").read_bytes()).decode())
     return made
-
-
-def row(index, picture, answer="B", hint="", options=("a cat", "two dogs", "ice", ""), category="naming", **more):
-    made = {"index": index, "question": "What is it?", "hint": hint, "answer": answer, "category": category}
-    made |= dict(zip("ABCD", options, strict=True))
-    return {**made, "image": picture, "source": "web", "l2-category": "coarse", "comment": "", "split": "dev"} | more
-
-
-def write(folder, rows, name="mmbench_dev_20230712.tsv", head=HEAD):
-    folder.mkdir(exist_ok=True)
-    with (folder / name).open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, head, delimiter="\t", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    return folder
 
 
 def open_(folder, task="mmbench"):

@@ -109,7 +109,7 @@ def test_vqav2_val_by_both_protocols(tmp_path):
 
 def test_annotations_of_another_split_are_refused(tmp_path):
     vqav2_val(tmp_path, question_id=10)
-    with pytest.raises(DataError, match=r"has no annotation of question 9"):
+    with pytest.raises(DataError, match=r"1 of \d questions have no answer there; the first:\n.*question 9"):
         open_task("vqav2-val", tmp_path)
 
 

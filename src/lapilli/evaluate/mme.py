@@ -17,7 +17,7 @@ import numpy as np
 
 from lapilli.base.errors import DataError
 from lapilli.evaluate.question_files import llava_questions
-from lapilli.evaluate.records import examples
+from lapilli.evaluate.records import examples, refuse
 from lapilli.evaluate.task import Question, Scores, Task
 
 PERCEPTION = (
@@ -45,7 +45,10 @@ def read(task: Task, files: Mapping[str, Any], options: Mapping[str, Any]) -> li
         return made
     root = Path(files["truth"])
     known: dict[Path, dict[str, str]] = {}
-    return [_with_truth(question, root, known) for question in made]
+    made = [_with_truth(question, root, known) for question in made]
+    lacking = [f'{q.where}: "{_bare(str(q.record["text"]))}" on {picture(q)}' for q in made if q.truth is None]
+    refuse(lacking, str(root), len(made))
+    return made
 
 
 def read_answer(answer: str) -> str:
@@ -131,10 +134,7 @@ def _with_truth(question: Question, root: Path, known: dict[Path, dict[str, str]
     path = folder / f"{Path(picture(question)).name.partition('.')[0]}.txt"
     if path not in known:
         known[path] = _answers(path)
-    truth = known[path].get(_bare(str(question.record["text"])))
-    if truth is None:
-        raise DataError(f'{question.where}: {path} has no answer to "{_bare(str(question.record["text"]))}"')
-    return replace(question, truth=truth)
+    return replace(question, truth=known[path].get(_bare(str(question.record["text"]))))
 
 
 def _answers(path: Path) -> dict[str, str]:

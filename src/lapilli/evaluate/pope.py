@@ -15,7 +15,7 @@ import numpy as np
 
 from lapilli.base.errors import DataError
 from lapilli.evaluate.question_files import SHORT_ANSWER, llava_questions
-from lapilli.evaluate.records import field, read_records
+from lapilli.evaluate.records import field, read_records, refuse
 from lapilli.evaluate.task import Question, Scores, Task
 
 _NO = frozenset({"No", "not", "no"})
@@ -31,7 +31,10 @@ def read(task: Task, files: Mapping[str, Any], options: Mapping[str, Any]) -> li
     del task, options
     questions = llava_questions(files["questions"])
     labels = _labels(Path(files["truth"])) if "truth" in files else None
-    return [_with_label(question, labels) for question in questions]
+    made = [_with_label(question, labels) for question in questions]
+    lacking = [question for question in made if labels is not None and question.truth is None]
+    refuse([_sought(question) for question in lacking], str(files.get("truth")), len(made))
+    return made
 
 
 def read_answer(answer: str) -> str:
@@ -114,9 +117,14 @@ def _with_label(question: Question, labels: dict[tuple[str, str, str], list[str]
     category = question.groups.get("category", "")
     found = labels.get((category, record["image"], _bare(record["text"])))
     if not found:
-        asked = f'"{_bare(record["text"])}" on {record["image"]}'
-        raise DataError(f"{question.where}: coco_pope_{category}.json has no label of {asked}")
+        return question
     return replace(question, truth=found.pop(0) if len(found) > 1 else found[0])
+
+
+def _sought(question: Question) -> str:
+    category, record = question.groups.get("category", ""), question.record
+    asked = f'"{_bare(record["text"])}" on {record["image"]}'
+    return f"{question.where}: coco_pope_{category}.json has no label of {asked}"
 
 
 def _bare(text: str) -> str:

@@ -93,6 +93,16 @@ def checked(questions: Sequence[Question], source: str) -> list[Question]:
     return list(questions)
 
 
+def refuse(faults: Sequence[str], source: str, questions: int) -> None:
+    """Raise DataError with how many of the questions have a fault and the first of them, if there are any."""
+    if faults:
+        shown = "\n".join(f"  {fault}" for fault in faults[:SHOWN])
+        raise DataError(
+            f"{source}: {len(faults)} of {questions} questions have no answer there; the first:\n{shown}\n"
+            "are these files of the same split and version?"
+        )
+
+
 def examples(names: Iterable[str], one: str, many: str) -> str:
     """`3 ids ("a", "b", "c")`, `12 ids ("a", "b", "c", ...)`: a count with its first examples."""
     listed = list(names)

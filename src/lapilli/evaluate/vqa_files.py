@@ -12,7 +12,7 @@ from lapilli.base.atomic import write_json
 from lapilli.base.errors import DataError
 from lapilli.data.sample import Image
 from lapilli.evaluate.question_files import llava_questions, with_image
-from lapilli.evaluate.records import checked, examples, field, read_json, read_records
+from lapilli.evaluate.records import checked, examples, field, read_json, read_records, refuse
 from lapilli.evaluate.task import Question, Task
 from lapilli.evaluate.vqa import normalise_llava
 
@@ -41,12 +41,13 @@ def read_vqav2(task: Task, files: Mapping[str, Any], options: Mapping[str, Any])
     path, suffix = files["questions"], str(options.get("suffix", ""))
     pattern = str(options.get("picture", "{:012d}.jpg"))
     truths = _annotations(files["truth"]) if "truth" in files else None
-    made = []
+    made: list[Question] = []
+    lacking: list[str] = []
     for where, record in _members(path, "questions"):
         number = field(record, "question_id", where, int)
-        truth = truths.pop(number, None) if truths is not None else None
+        truth = truths.get(number) if truths is not None else None
         if truths is not None and truth is None:
-            raise DataError(f"{where}: {files['truth']} has no annotation of question {number}")
+            lacking.append(f"{where}: question {number}")
         made.append(
             Question(
                 id=str(number),
@@ -58,10 +59,14 @@ def read_vqav2(task: Task, files: Mapping[str, Any], options: Mapping[str, Any])
                 where=where,
             )
         )
-    if truths:
-        named = examples(map(str, truths), "annotation", "annotations")
+    checked(made, str(path))
+    refuse(lacking, str(files.get("truth")), len(made))
+    asked = {question.id for question in made}
+    strange = [str(number) for number in truths or () if str(number) not in asked]
+    if strange:
+        named = examples(strange, "annotation", "annotations")
         raise DataError(f"{files['truth']}: {named} of no question in {path}; they are of different splits")
-    return checked(made, str(path))
+    return made
 
 
 def read_vizwiz(task: Task, files: Mapping[str, Any], options: Mapping[str, Any]) -> list[Question]:
@@ -100,13 +105,16 @@ def read_textvqa(task: Task, files: Mapping[str, Any], options: Mapping[str, Any
         (str(field(record, "image_id", where, (str, int))), field(record, "question", where).lower()): record
         for where, record in _members(files["truth"], "data")
     }
-    made = []
+    made: list[Question] = []
+    lacking: list[str] = []
     for question in questions:
         asked = asked_in(str(question.record["text"]), question.where)
         record = truths.get((str(question.record["question_id"]), asked))
         if record is None:
-            raise DataError(f'{question.where}: {files["truth"]} has no question "{asked}" on this picture')
-        made.append(replace(question, truth=_answers(record, question.where)))
+            lacking.append(f'{question.where}: "{asked}" on this picture')
+        else:
+            made.append(replace(question, truth=_answers(record, question.where)))
+    refuse(lacking, str(files["truth"]), len(questions))
     return made
 
 

@@ -19,6 +19,7 @@ from lapilli.base.progress import Progress
 from lapilli.evaluate.answers import AnswerLog, answer_line
 from lapilli.evaluate.catalogue import is_own, load_task
 from lapilli.evaluate.job import Job, check_pictures, open_job
+from lapilli.evaluate.judge.options import JUDGE
 from lapilli.evaluate.ranks import answer_files
 from lapilli.evaluate.results import Results
 from lapilli.evaluate.run import answer_metadata, joined, versions
@@ -61,6 +62,11 @@ def follow(stage: Stage, say: Say = lambda _line: None) -> Follower | None:
             raise RecipeError(f"stage {stage.name}: train.evaluate: task {task.name} is named twice")
         if wanted.data is None and not is_own(wanted.task):
             raise RecipeError(f"stage {stage.name}: train.evaluate: task {task.name}: data: name its folder")
+        if task.scorer == JUDGE:
+            raise RecipeError(
+                f"stage {stage.name}: train.evaluate: task {task.name} is scored by a judge, whom training does not ask; "
+                "evaluate it afterwards"
+            )
         folder = wanted.data or str(Path(wanted.task).resolve().parent)
         job = open_job(task, folder, (PROTOCOL,), limit=wanted.limit)
         if task.scorer is None or not known_truth(job.asked):

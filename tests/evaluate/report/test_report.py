@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 import pytest
 from tests.evaluate.conftest import SAYS
 from tests.evaluate.report.conftest import HOSTILE
-from tests.evaluate.test_mmbench import row
-from tests.evaluate.test_mmbench import write as mmbench_file
+from tests.support.benchmark_files import mmbench_file
+from tests.support.benchmark_files import mmbench_row as row
 from tests.support.tiny import make_picture
 
 from lapilli.base.errors import DataError
