@@ -3,6 +3,7 @@
 The sections are made here for other reports too: a demonstration of several stages shows each stage's own.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from lapilli.train.setup import Prepared
 
 def loss_section(heading: str, rows: Sequence[dict[str, Any]]) -> Html:
     """Training loss of every step, and validation loss where it was computed."""
-    curves = {"training": [(r["step"], r["loss"]) for r in rows if r["loss"] is not None]}
+    curves = {"training": _curve(rows, "loss")}
     held_out = [(r["step"], r["validation_loss"]) for r in rows if r.get("validation_loss") is not None]
     if held_out:
         curves["validation"] = held_out
@@ -80,4 +81,5 @@ def write_report(ready: Prepared, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _curve(rows: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    return [(r["step"], r[key]) for r in rows]
+    # What was not finite is null in the file, and breaks the curve.
+    return [(r["step"], math.nan if r[key] is None else r[key]) for r in rows]
