@@ -23,6 +23,20 @@ class Workshop:
         return str(self.folder / "recipe.yaml")
 
 
+@pytest.fixture
+def write_recipe(tmp_path, monkeypatch):
+    """Write a recipe whose files are there but hold nothing, and return its name; it is in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "chat.json").write_text("[]")
+
+    def write(more: str = "", name: str = "align.yaml") -> str:
+        (tmp_path / name).write_text(f"model: model\nout: run\ndata: {{train: chat.json}}\n{more}")
+        return name
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def workshop(base, tmp_path_factory) -> Workshop:  # noqa: F811
     folder = tmp_path_factory.mktemp("launch")

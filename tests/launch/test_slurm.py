@@ -11,8 +11,7 @@ import pytest
 from tests.support.slurm import two_nodes, why_not
 from tests.train.test_parallel import assert_learned_the_same
 
-from lapilli.base.errors import RecipeError, RunError
-from lapilli.launch.slurm import Job, batch_script, seconds, submit
+from lapilli.launch.slurm import Job
 from lapilli.train.metrics import read_metrics
 
 JOB = Job("align", nodes=2, gpus_per_node="a100:8", time="24:00:00", cpus_per_task=3, output="logs/%x-%j.log")

@@ -19,8 +19,9 @@ from lapilli.base import atomic
 from lapilli.base.errors import RecipeError, RunError
 from lapilli.launch.command import SAVE_SECONDS, shell, train_words
 
-SAVED = 128 + signal.SIGUSR1
-"""Exit status of a run that was asked to stop by SIGUSR1, and of one that it ended before its first step."""
+SAVED = (128 + signal.SIGUSR1, 128 + signal.SIGTERM)
+"""Exit status of a run that was asked to stop and is saved, and of one that was ended before its first step: by the
+signal that the script asks for, or by the one that a cluster sends which preempts without regard to it."""
 REQUEUES = 100
 """How often a job queues itself again; a run that never gets on must not do so for ever."""
 _LAST_WORDS_SECONDS = 60
@@ -126,12 +127,15 @@ def batch_script(job: Job, recipe: str, overrides: Sequence[str]) -> str:
     header = "\n".join(f"#SBATCH {option}" for option in job.options())
     setup = "".join(f"{line}\n" for line in job.setup)
     words = shell(["lapilli", *train_words(recipe, overrides)])
+    saved, terminated = SAVED
     return f"""\
 #!/bin/bash
 # {job.name}: written by `lapilli launch slurm`. Change what you like; submit again, from this folder, with `sbatch`.
 {header}
 
 set -e
+cancelled=
+trap 'cancelled=yes' TERM
 {setup}
 # One process per device. Each finds its rank and the address of the first one in SLURM's variables. If one ends, the
 # others have {_LAST_WORDS_SECONDS} seconds to end by themselves and say why.
@@ -139,8 +143,11 @@ status=0
 srun --cpus-per-task={job.cpus_per_task} --kill-on-bad-exit=0 --wait={_LAST_WORDS_SECONDS} \\
   {words} || status=$?
 
-# {SAVED} is 128 + SIGUSR1: the time is up or the nodes are wanted, and the run is saved. It goes on in the next start.
-if [ "$status" -eq {SAVED} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {REQUEUES} ]; then
+# {saved} is 128 + SIGUSR1, {terminated} 128 + SIGTERM: the time is nearly up or the nodes are wanted, and all is saved.
+# Queued again, the run goes on from there; but not if it was cancelled, which SLURM tells this script too.
+asked=
+if [[ $status == {saved} || $status == {terminated} ]]; then asked=yes; fi
+if [[ $asked && ! $cancelled && ${{SLURM_RESTART_COUNT:-0}} -lt {REQUEUES} ]]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from lapilli.base.errors import LapilliError, RunError
+from lapilli.train.device.choose import back_ends
 
 CONNECTING = timedelta(minutes=30)
 """How long processes wait for each other at the start, and for the others' gradients."""
@@ -232,6 +233,25 @@ ALONE = World()
 """A process without others."""
 
 
+def _store(launch: Launch, environment: Mapping[str, str]) -> dist.Store:
+    """Where the processes find each other's addresses, at the address of the first one.
+
+    torchrun listens there itself, for longer than one start: after a restart it still has the addresses of processes
+    that are gone, so that every start needs names of its own.
+    """
+    launcher_listens = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host, _, port = launch.address.rpartition(":")
+    store = dist.TCPStore(
+        host,
+        int(port),
+        launch.size,
+        is_master=launch.rank == 0 and not launcher_listens,
+        timeout=CONNECTING,
+        wait_for_workers=False,
+    )
+    return dist.PrefixStore(f"start-{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 @contextmanager
 def open_world(environment: Mapping[str, str] | None = None) -> Iterator[World]:
     """Connect with the other processes of the run, if there are any; they are left at the end.
@@ -243,12 +263,10 @@ def open_world(environment: Mapping[str, str] | None = None) -> Iterator[World]:
     if launch is None:
         yield ALONE
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    # torchrun itself listens at the address, and says so in variables that only env:// reads.
-    method = "env://" if "WORLD_SIZE" in environment else f"tcp://{launch.address}"
+    backend = back_ends(launch.local_rank)
     try:
         dist.init_process_group(
-            backend, init_method=method, rank=launch.rank, world_size=launch.size, timeout=CONNECTING
+            backend, store=_store(launch, environment), rank=launch.rank, world_size=launch.size, timeout=CONNECTING
         )
         control = dist.new_group(backend="gloo", timeout=WAITING)
         assert isinstance(control, dist.ProcessGroup)  # a number only for processes that are not in it
