@@ -183,11 +183,13 @@ class Train(Section):
     """Null: the same as `learning_rate`."""
     vision_learning_rate: Rate | None = None
     """Null: the same as `learning_rate`."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_bf16", "sgd"] = "adamw"
+    """Memory of its state per trained number: `adamw` 8 bytes; `adamw_8bit` 2 (bitsandbytes); `adamw_bf16` 4, rounded
+    by chance so that small changes count; `sgd` none, or 4 with momentum."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
-    """adamw: how slowly its averages of gradient and squared gradient forget."""
+    """adamw, of all kinds: how slowly its averages of gradient and squared gradient forget."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """adamw: added to the denominator."""
+    """adamw, of all kinds: added to the denominator."""
     momentum: Momentum = 0.0
     """sgd only."""
     weight_decay: Rate = 0.0

@@ -28,6 +28,7 @@ from lapilli.train.device.choose import Device, choose_device
 from lapilli.train.folder import RunFolder, open_folder
 from lapilli.train.loss import LossModule
 from lapilli.train.monitor import compact
+from lapilli.train.optimizer import check_optimizer
 from lapilli.train.parallel.choose import check_engine, engine_name, make_engine
 from lapilli.train.parallel.single import Single
 from lapilli.train.parallel.world import ALONE, World
@@ -81,6 +82,7 @@ def prepare(
     check_engine(engine_wanted, stage.run, world)
     check_compile(stage, engine_wanted)
     device = choose_device(stage.run.device, world.local_rank)
+    check_optimizer(stage.train, engine_wanted, device.device)
     _settle(stage, device)
     # 3. Names and shapes that the model's folder gives: template, image mode, tokenizer.
     how = reading(stage, *read_description(str(stage.model)))
