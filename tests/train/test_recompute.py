@@ -9,6 +9,7 @@ from lapilli.base.errors import RunError
 from lapilli.model.freeze import apply_freeze
 from lapilli.recipe.schema import Run, Stage, Train
 from lapilli.train.loss import LossModule
+from lapilli.train.device.cpu import Cpu
 from lapilli.train.recompute import check_compile, compile_layers, keep_for_backward
 from lapilli.train.setup import training_mode
 
@@ -111,7 +112,7 @@ def test_without_a_compiler_the_remedy_is_named(tiny_model, monkeypatch):
     monkeypatch.setattr(config, "force_disable_caches", True)
     torch._dynamo.reset()
     with pytest.raises(RunError, match=r"nothing can be compiled for cpu here; it needs a C\+\+ compiler"):
-        compile_layers(tiny_model(), torch.device("cpu"))
+        compile_layers(tiny_model(), Cpu())
 
 
 @pytest.mark.slow
@@ -123,7 +124,7 @@ def test_compiled_layers_learn_the_same_whatever_the_lengths(tiny_model, tiny_st
     counted = []
     for mode in ("none", "full"):
         model = trainable(tiny_model(), mode=mode)
-        assert compile_layers(model, torch.device("cpu")) == 3
+        assert compile_layers(model, Cpu()) == 3
         got, made = learn(model, image_spec, batches)
         assert got == pytest.approx(losses, rel=1e-5)
         for name, gradient in gradients.items():

@@ -25,8 +25,11 @@ def train(
 ) -> None:
     """Train a model as a recipe says, one stage or several."""
     from lapilli.recipe.load import load_recipe
+    from lapilli.train.device.hpu_mode import settle_mode
 
     loaded = load_recipe(recipe, overrides or [])
+    for stage in loaded.recipe.stages:
+        settle_mode(stage.run.device, stage.run.hpu_mode)  # before PyTorch is imported
 
     import signal
 

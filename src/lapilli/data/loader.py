@@ -133,8 +133,10 @@ class TrainLoader:
 
     def _plan_shapes(self, step: int, epoch: int, samples: np.ndarray) -> StepPlan:
         index, numbers = self.corpus.index, samples.tolist()
-        columns = (column[samples].tolist() for column in (index.lengths, index.pictures, index.supervised))
-        planned = plan_shapes(*columns, self.shapes)
+        lengths, pictures, supervised = (
+            column[samples].tolist() for column in (index.lengths, index.pictures, index.supervised)
+        )
+        planned = plan_shapes(lengths, pictures, supervised, self.shapes)
         costs = [one.shape.tokens + self.image_cost_tokens * one.shape.pictures for one in planned]
         nothing = PaddedBatch((), self.shapes[0])
         mine = [nothing if i is None else planned[i] for i in deal(costs, self.ranks)[self.rank]]

@@ -278,7 +278,14 @@ class Fsdp(Section):
 class Run(Section):
     """Where and how the run is carried out; nothing here changes what is learned beyond rounding."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "hpu"] = "auto"
+    """`auto` takes CUDA where there is one, else an Intel Gaudi (`hpu`), else the CPU."""
+    hpu_mode: Literal["eager", "lazy"] = "eager"
+    """How a Gaudi executes: operation by operation (`run.compile` compiles layers), or in graphs that it collects while
+    the program runs, which Intel develops no further. Without meaning elsewhere."""
+    static_shapes: Annotated[int, Field(ge=0)] | None = None
+    """Batches are padded to at most so many shapes, because each one is compiled; 0: packed without padding. Null: 8 on
+    a Gaudi, else 0."""
     engine: Literal["auto", "single", "ddp", "fsdp"] = "auto"
     """How several processes, started by torchrun or SLURM, train together: `ddp` has the whole model in each of them,
     `fsdp` splits it over them. `auto` is `single` for one process, else `ddp`."""

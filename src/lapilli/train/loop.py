@@ -108,7 +108,7 @@ class Loop:
                 wish.signal = signals[0] if signals else wish.signal  # the same for all: it is their exit status
                 return
             whole = StepTotals.sum(StepTotals(**share["totals"]) for share in shares)
-            if not whole.micro_batches:
+            if not whole.samples:
                 raise DataError(f"step {step.step + 1}: none of its {len(step.samples)} samples can be read")
             bad = self._bad_of_all(step, shares)
             wait_seconds = max(share["wait_seconds"] for share in shares)

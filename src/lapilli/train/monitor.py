@@ -17,6 +17,8 @@ WINDOW_STEPS = 20
 
 def computed_positions(batches: Sequence[Batch], packing: str) -> int:
     """Positions that are computed, those included that no Example fills. Packed sequences have none; padded ones do."""
+    if any(b.places is not None for b in batches):
+        return sum(len(b.input_ids) for b in batches)
     if packing == "varlen":
         return sum(b.tokens for b in batches)
     lengths = [batch.cu_seqlens.diff() for batch in batches]

@@ -19,6 +19,7 @@ from lapilli.base.errors import ModelError, RunError
 from lapilli.model.vision import find_layers, resolve_layers
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.recipe.schema import Stage
+from lapilli.train.device.choose import Device
 
 _DEAR = frozenset(
     {
@@ -82,18 +83,20 @@ def check_compile(stage: Stage, engine: str) -> None:
         raise RunError(f"run.compile with run.engine: {engine} is not tested; use single or ddp")
 
 
-def compile_layers(model: VisionLanguageModel, device: torch.device) -> int:
+def compile_layers(model: VisionLanguageModel, device: Device) -> int:
     """Compile every layer that runs, one program for all of a part's layers and all lengths; return their number.
 
+    (On a device that needs fixed shapes, a program for each of them.)
     A layer's first call runs uncompiled, so that what it multiplies can be watched. Attention over packed sequences
     stays as it is, and so does a language model that does not train at the time (it may be generating). Raises
     RunError where nothing can be compiled, as without a C++ compiler, and for a model without a plain list of layers.
     """
-    _try(device)
+    options = device.compile_options()
+    _try(device.device, options)
     language, vision = _layers(model.language_model), _layers(model.vision_encoder)
     vision = vision[: max(resolve_layers(model.config.feature_layers, len(vision)))]
     for layers, always in ((language, False), (vision, True)):
-        compiled = torch.compile(_run, dynamic=True)
+        compiled = torch.compile(_run, **options)
         for layer in layers:
             _Compiled(layer, compiled, always=always).install()
     return len(language) + len(vision)
@@ -135,10 +138,10 @@ def _layers(part: Any) -> list[nn.Module]:
         raise RunError(f"run.compile: {type(part).__name__} has no plain list of layers; leave it out") from error
 
 
-def _try(device: torch.device) -> None:
+def _try(device: torch.device, options: dict[str, Any]) -> None:
     """Compile something small, because what is needed for it differs between devices and PyTorch's versions."""
     try:
-        torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=device))
+        torch.compile(lambda x: torch.sin(x) + 1, **options)(torch.ones(8, device=device))
     except (RuntimeError, OSError, ImportError) as error:
         raise RunError(
             f"run.compile: nothing can be compiled for {device.type} here; it needs a C++ compiler (g++ or $CXX) with "

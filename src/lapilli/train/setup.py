@@ -16,6 +16,7 @@ import torch
 
 from lapilli.assemble.load import Loaded, load
 from lapilli.base.errors import RunError
+from lapilli.data.buckets import Shape
 from lapilli.data.corpus import Corpus
 from lapilli.data.loader import TrainLoader
 from lapilli.data.quarantine import Quarantine
@@ -35,6 +36,7 @@ from lapilli.train.parallel.world import ALONE, World
 from lapilli.train.precision import settle
 from lapilli.train.reading import Reading, limits, read_corpus, read_description, reading
 from lapilli.train.recompute import check_compile, compile_layers, keep_for_backward
+from lapilli.train.shapes import describe_shapes, fixed_shapes
 
 Say = Callable[[str], None]
 
@@ -58,6 +60,8 @@ class Prepared:
     optimizer: torch.optim.Optimizer
     parts: Sequence[PartCount]
     total_steps: int
+    shapes: tuple[Shape, ...] = ()
+    """Of all batches, where the device compiles a program for each."""
 
 
 def prepare(
@@ -81,7 +85,7 @@ def prepare(
     engine_wanted = engine_name(stage.run.engine, world)
     check_engine(engine_wanted, stage.run, world)
     check_compile(stage, engine_wanted)
-    device = choose_device(stage.run.device, world.local_rank)
+    device = choose_device(stage.run.device, world.local_rank, stage.run.hpu_mode)
     check_optimizer(stage.train, engine_wanted, device.device)
     _settle(stage, device)
     # 3. Names and shapes that the model's folder gives: template, image mode, tokenizer.
@@ -94,23 +98,26 @@ def prepare(
         validation = _agreed_corpus(stage.data.validation, stage, how, write_index, stream, world)
         say(describe_corpus("validation data", validation))
     # 5. What each step is made of.
-    loader = training_loader(stage, how, corpus, stage.data.train, world=world)
+    shapes = fixed_shapes(stage, device, [corpus] if validation is None else [corpus, validation])
+    if shapes:
+        say(describe_shapes(shapes, corpus, stage.train.global_batch_size))
+    loader = training_loader(stage, how, corpus, stage.data.train, world=world, shapes=shapes)
     loader.total_steps = total_steps = count_steps(stage, loader.steps_per_epoch)
     # 6. The weights; which of them train, at which precision, where.
     loaded = load(str(stage.model), device="cpu", dtype=torch.float32)
     parts = make_trainable(loaded.model, stage, how)
     settle(loaded.model, stage.run, device, say)
     if stage.run.compile:
-        say(f"compiled when they first run: {compile_layers(loaded.model, device.device)} layers")
+        say(f"compiled when they first run: {compile_layers(loaded.model, device)} layers")
     say(describe_parts(parts))
     # 7. What drives the training, as soon as every process has come so far: the engine sends weights.
     world.exchange(None)
     engine = make_engine(engine_wanted, LossModule(loaded.model, how.spec.image), world, stage.run, device.device)
     if not world.first:  # after new weights were drawn, the same everywhere: dropout differs
-        torch.manual_seed(stage.run.seed + world.rank)
+        device.seed(stage.run.seed + world.rank)
     optimizer = engine.optimizer(stage.train)
     return Prepared(
-        stage, folder, device, how, loaded, corpus, validation, loader, engine, optimizer, parts, total_steps
+        stage, folder, device, how, loaded, corpus, validation, loader, engine, optimizer, parts, total_steps, shapes
     )
 
 
@@ -156,6 +163,7 @@ def training_loader(
     *,
     order: str | None = None,
     world: World = ALONE,
+    shapes: Sequence[Shape] = (),
 ) -> TrainLoader:
     """Return the loader of a corpus read from `sources`; with `order` sequential, that of held-out data.
 
@@ -181,6 +189,7 @@ def training_loader(
         quarantine=quarantine,
         rank=world.rank,
         ranks=world.size,
+        shapes=shapes,
     )
 
 
@@ -200,7 +209,7 @@ def _settle(stage: Stage, device: Device) -> None:
     torch.use_deterministic_algorithms(False)
     if stage.run.deterministic:
         device.be_deterministic()
-    torch.manual_seed(stage.run.seed)
+    device.seed(stage.run.seed)
 
 
 def make_trainable(model: VisionLanguageModel, stage: Stage, how: Reading) -> Sequence[PartCount]:

@@ -17,7 +17,9 @@ def validation_loss(ready: Prepared) -> float:
     model.eval()
     sources = ready.stage.data.validation
     with world.together():
-        loader = training_loader(ready.stage, ready.how, ready.validation, sources, order="sequential", world=world)
+        loader = training_loader(
+            ready.stage, ready.how, ready.validation, sources, order="sequential", world=world, shapes=ready.shapes
+        )
         steps = iter(loader)
     for _ in range(len(loader)):
         with world.together():

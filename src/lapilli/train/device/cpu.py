@@ -1,35 +1,21 @@
 """The CPU as a training device."""
 
-import ctypes
 import os
 import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
-_LARGEST_KEPT = 2**30
-
-
-def keep_freed_memory() -> bool:
-    """Let glibc keep freed blocks for the next step; return whether it could be told to.
-
-    By default it gives blocks of a training step's size back to the system and takes them anew, page by page: hundreds
-    of thousands of page faults per step, about a tenth of its time. Other C libraries are left alone.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)) and bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+from lapilli.base.memory import keep_freed_memory
 
 
 class Cpu:
     """One process on the CPU."""
 
     name = "cpu"
+    static_shapes = 0
     device = torch.device("cpu")
 
     def __init__(self) -> None:
@@ -42,6 +28,17 @@ class Cpu:
     def be_deterministic(self) -> None:
         """Refuse operations that may differ from run to run."""
         torch.use_deterministic_algorithms(True)
+
+    def seed(self, number: int) -> None:
+        """Seed the random numbers."""
+        torch.manual_seed(number)
+
+    def cut_graph(self) -> None:
+        """Nothing is collected here."""
+
+    def compile_options(self) -> dict[str, Any]:
+        """What `torch.compile` is told: one program for all shapes."""
+        return {"dynamic": True}
 
     def use_tf32(self, allowed: bool) -> str:
         """Return what to tell of a wish that means nothing here; empty where there was none."""

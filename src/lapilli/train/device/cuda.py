@@ -2,6 +2,7 @@
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ class Cuda:
     """One process on one CUDA device."""
 
     name = "cuda"
+    static_shapes = 0
 
     def __init__(self, local_rank: int = 0) -> None:
         """Take the device of that number, or the only one there is: a cluster may show each process its own.
@@ -35,6 +37,17 @@ class Cuda:
         """Refuse operations that may differ from run to run; cuBLAS reads its part before its first call."""
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+    def seed(self, number: int) -> None:
+        """Seed the random numbers, those of the GPU among them."""
+        torch.manual_seed(number)
+
+    def cut_graph(self) -> None:
+        """Nothing is collected here."""
+
+    def compile_options(self) -> dict[str, Any]:
+        """What `torch.compile` is told: one program for all shapes."""
+        return {"dynamic": True}
 
     def use_tf32(self, allowed: bool) -> str:
         """Let products of fp32 matrices be rounded to TF32, or not. Returns what to tell of it, if anything."""
