@@ -233,7 +233,7 @@ def _absolute(tree: Tree, path: Path, *below: str) -> str | None:
 
 def _absolute_paths(stage: Tree) -> None:
     """Make every path of a stage absolute, relative ones against the folder of where they were written."""
-    places: list[Path] = [("model",), ("out",), ("data", "images"), ("data", "index")]
+    places: list[Path] = [("model",), ("out",), ("data", "images"), ("data", "index"), ("run", "deepspeed", "config")]
     if str(stage.get(("data", "template"))).endswith((".yaml", ".yml")):
         places.append(("data", "template"))
     for split in ("train", "validation"):

@@ -275,6 +275,21 @@ class Fsdp(Section):
     """Precision in which gradients are sent and summed."""
 
 
+class DeepSpeed(Section):
+    """How `run.engine: deepspeed` splits the model; without meaning for other engines."""
+
+    zero: Literal[1, 2, 3] | None = None
+    """What is split over the processes: 1, the optimiser's state; 2, gradients too; 3, weights too, frozen ones
+    included. Null: what `config` says, else 2."""
+    offload_optimizer: bool | None = None
+    """Keep the optimiser's state in the CPU's memory, where it then steps. Null: what `config` says, else false."""
+    offload_parameters: bool | None = None
+    """Keep split weights in the CPU's memory; with `zero: 3` only. Null: what `config` says, else false."""
+    config: str | None = None
+    """A DeepSpeed JSON file of your own; a relative path is relative to the recipe. What is "auto" in it is filled from
+    the recipe, what contradicts the recipe is an error, and what has no effect is said."""
+
+
 class Run(Section):
     """Where and how the run is carried out; nothing here changes what is learned beyond rounding."""
 
@@ -286,10 +301,11 @@ class Run(Section):
     static_shapes: Annotated[int, Field(ge=0)] | None = None
     """Batches are padded to at most so many shapes, because each one is compiled; 0: packed without padding. Null: 8 on
     a Gaudi, else 0."""
-    engine: Literal["auto", "single", "ddp", "fsdp"] = "auto"
+    engine: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
     """How several processes, started by torchrun or SLURM, train together: `ddp` has the whole model in each of them,
-    `fsdp` splits it over them. `auto` is `single` for one process, else `ddp`."""
+    `fsdp` splits it over them, `deepspeed` does so by ZeRO. `auto` is `single` for one process, else `ddp`."""
     fsdp: Fsdp = Fsdp()
+    deepspeed: DeepSpeed = DeepSpeed()
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 holds trained weights in fp32 and computes in bf16; frozen weights are held in bf16. What was really computed
     is printed after the first step."""

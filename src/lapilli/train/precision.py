@@ -51,7 +51,7 @@ def settle(model: VisionLanguageModel, run: Run, device: Device, say: Say) -> No
         if not parameter.dtype.is_floating_point:
             continue  # quantised
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else computed)
-    if run.engine != "fsdp":  # which moves and splits it layer by layer
+    if run.engine not in ("fsdp", "deepspeed"):  # which move and split it part by part
         model.to(device.device)  # type: ignore[arg-type]
     said = device.use_tf32(run.tf32)
     if said:

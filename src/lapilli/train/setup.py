@@ -83,7 +83,6 @@ def prepare(
     check_files([stage])
     # 2. The engine; the device, its threads and seeds.
     engine_wanted = engine_name(stage.run.engine, world)
-    check_engine(engine_wanted, stage.run, world)
     check_compile(stage, engine_wanted)
     device = choose_device(stage.run.device, world.local_rank, stage.run.hpu_mode)
     check_optimizer(stage.train, engine_wanted, device.device)

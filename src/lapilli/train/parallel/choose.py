@@ -3,7 +3,7 @@
 import torch
 
 from lapilli.base.errors import RunError
-from lapilli.recipe.schema import Run
+from lapilli.recipe.schema import Run, Stage
 from lapilli.train.loss import LossModule
 from lapilli.train.parallel.ddp import Ddp
 from lapilli.train.parallel.single import Single
@@ -24,12 +24,20 @@ def engine_name(wanted: str, world: World) -> str:
     return wanted
 
 
-def check_engine(name: str, run: Run, world: World) -> None:
-    """Raise RunError for settings of the engine of that name that it can't have here, before anything is loaded."""
+def check_engine(name: str, stage: Stage, world: World, device: torch.device) -> tuple[str, ...]:
+    """Return lines about settings of the engine of that name that do something else than they seem to.
+
+    Raises LapilliError, before anything is loaded, for settings that it can't have here.
+    """
     if name == "fsdp":
         from lapilli.train.parallel.fsdp import check_fsdp
 
-        check_fsdp(run, world)
+        check_fsdp(stage.run, world)
+    if name == "deepspeed":
+        from lapilli.train.parallel.deepspeed import check_deepspeed
+
+        return check_deepspeed(stage.train, stage.run, world.size, device.type)
+    return ()
 
 
 def make_engine(name: str, module: LossModule, world: World, run: Run, device: torch.device) -> Single:
@@ -38,4 +46,8 @@ def make_engine(name: str, module: LossModule, world: World, run: Run, device: t
         from lapilli.train.parallel.fsdp import Fsdp
 
         return Fsdp(module, world, run, device)
+    if name == "deepspeed":
+        from lapilli.train.parallel.deepspeed import DeepSpeed
+
+        return DeepSpeed(module, world, run, device)
     return ENGINES[name](module, world)
