@@ -85,6 +85,8 @@ def prepare(
     engine_wanted = engine_name(stage.run.engine, world)
     check_compile(stage, engine_wanted)
     device = choose_device(stage.run.device, world.local_rank, stage.run.hpu_mode)
+    for line in check_engine(engine_wanted, stage, world, device.device):
+        say(line)
     check_optimizer(stage.train, engine_wanted, device.device)
     _settle(stage, device)
     # 3. Names and shapes that the model's folder gives: template, image mode, tokenizer.
