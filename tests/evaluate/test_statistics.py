@@ -6,12 +6,16 @@ from math import comb
 import numpy as np
 import pytest
 
+from lapilli.evaluate import statistics
 from lapilli.evaluate.statistics import (
     binomial_p,
+    draws,
     interval,
     mean_percent,
     paired,
+    paired_ratios,
     paired_resamples,
+    ratio_percent,
     resampled,
 )
 
@@ -67,3 +71,24 @@ def test_resampled_headlines_pair_by_resample():
     assert found.high == pytest.approx(1.0)
     assert found.p == pytest.approx(1 / 1001)
     assert paired_resamples(50.0, 50.0, a, a, 50).p == 1
+
+
+def test_blocks_change_no_draw(monkeypatch):
+    whole = np.stack(list(draws(7)))
+    monkeypatch.setattr(statistics, "_BLOCK", 50)
+    assert (np.stack(list(draws(7))) == whole).all()
+    one_by_one = np.random.default_rng(statistics.SEED)
+    assert all((row == one_by_one.integers(0, 7, 7)).all() for row in whole)
+
+
+def test_ratios_of_sums_are_compared_on_the_same_questions():
+    rng = np.random.default_rng(0)
+    below = rng.uniform(5, 10, 80)
+    a = np.stack([below * rng.uniform(0.4, 0.8, 80), below], axis=1)
+    b = a + np.array([1.0, 0.0])
+    found = paired_ratios(a, b)
+    assert found.value == pytest.approx(100 * 80 / below.sum())
+    assert found.low < found.value < found.high
+    assert found.p <= 2 / 1001
+    assert paired_ratios(a, a).p == 1
+    assert np.isnan(ratio_percent(np.zeros((2, 2)))(np.array([0, 1])))

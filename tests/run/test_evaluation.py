@@ -162,10 +162,13 @@ def test_a_stop_during_an_evaluation_saves_the_step_and_keeps_no_half_score(reci
         ("[{task: pope}]", "pope: data: name its folder"),
         ("[{task: task/mine.yaml}, {task: task/mine.yaml}]", "mine is named twice"),
         ("[{task: task/mine.yaml, data: nowhere}]", "nowhere: no such folder"),
+        ("[{task: task/judged.yaml}]", "judged is scored by a judge, whom training does not ask"),
     ],
 )
 def test_what_cannot_be_evaluated_is_told_before_anything_is_written(recipe, tmp_path, monkeypatch, value, message):
     monkeypatch.chdir(tmp_path)
+    task = (tmp_path / "task/mine.yaml").read_text().replace("mine", "judged").replace("contains", "judge")
+    (tmp_path / "task/judged.yaml").write_text(task)
     with pytest.raises(LapilliError, match=re.compile(message, re.DOTALL)):
         run(recipe, f"train.evaluate={value}")
     assert not (tmp_path / "run").exists()

@@ -16,6 +16,8 @@ import numpy as np
 RESAMPLES = 1000
 LEVEL = 0.95
 SEED = 0
+_BLOCK = 1 << 17
+"""Indices drawn at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,9 @@ def resampled(
 def draws(count: int, resamples: int = RESAMPLES, seed: int = SEED) -> Iterator[np.ndarray]:
     """Indices (count,) of each resample; the same for the same arguments."""
     generator = np.random.default_rng(seed)
-    for _ in range(resamples):
-        yield generator.integers(0, count, count)
+    rows = max(1, _BLOCK // max(1, count))
+    for start in range(0, resamples, rows):  # the same numbers as one by one, in a fraction of the time
+        yield from generator.integers(0, count, (min(rows, resamples - start), count))
 
 
 def mean_percent(items: np.ndarray) -> Callable[[np.ndarray], float]:

@@ -64,8 +64,8 @@ def follow(stage: Stage, say: Say = lambda _line: None) -> Follower | None:
             raise RecipeError(f"stage {stage.name}: train.evaluate: task {task.name}: data: name its folder")
         if task.scorer == JUDGE:
             raise RecipeError(
-                f"stage {stage.name}: train.evaluate: task {task.name} is scored by a judge, whom training does not ask; "
-                "evaluate it afterwards"
+                f"stage {stage.name}: train.evaluate: task {task.name} is scored by a judge, whom training does not "
+                "ask; evaluate it afterwards"
             )
         folder = wanted.data or str(Path(wanted.task).resolve().parent)
         job = open_job(task, folder, (PROTOCOL,), limit=wanted.limit)
