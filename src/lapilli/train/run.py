@@ -7,19 +7,14 @@ stopped, by a signal or a crash, goes on from its newest complete checkpoint as 
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-import torch
-import transformers
-
 from lapilli.base import atomic
 from lapilli.base.errors import LapilliError, RunError
 from lapilli.base.interrupt import StopWish
-from lapilli.base.version import VERSION
 from lapilli.recipe.resolved import resolved_yaml
 from lapilli.recipe.schema import Stage
 from lapilli.train.average import Average, choose_weights
@@ -28,6 +23,7 @@ from lapilli.train.finish import export
 from lapilli.train.folder import MANIFEST, only_writer, open_folder, refuse_differences, run_facts
 from lapilli.train.left_out import list_left_out
 from lapilli.train.loop import Evaluate, Loop
+from lapilli.train.manifest import manifest
 from lapilli.train.metrics import MetricsFile, read_metrics
 from lapilli.train.non_finite import Guard
 from lapilli.train.parallel.world import ALONE, ProcessLost, World
@@ -90,7 +86,7 @@ def _train(
     guard = Guard(ready)
     with world.together():
         done = _go_on(ready, average, guard, facts, say)
-        world.from_first(lambda: _begin_folder(ready, origins, facts))
+        world.from_first(lambda: _begin_folder(ready, origins, facts, done))
     with (
         StopWish() as wish,
         MetricsFile(ready.folder.metrics, done) if world.first else nullcontext() as metrics,
@@ -186,27 +182,11 @@ def _go_on(ready: Prepared, average: Average | None, guard: Guard, facts: dict[s
     return done
 
 
-def _begin_folder(ready: Prepared, origins: Mapping[str, str], facts: dict[str, Any]) -> None:
+def _begin_folder(ready: Prepared, origins: Mapping[str, str], facts: dict[str, Any], done: int) -> None:
     """Take the run folder, and write down in it what is run."""
     folder = ready.folder
     atomic.remove_leftovers(folder.path)
     atomic.remove_leftovers(folder.checkpoints)
     atomic.atomic_write(folder.path / "recipe.yaml", resolved_yaml(ready.stage, origins))
     list_left_out(ready)
-    atomic.write_json(
-        folder.path / MANIFEST,
-        {
-            "facts": facts,
-            "data": ready.corpus.index.summary(),
-            "total_steps": ready.total_steps,
-            "device": ready.device.describe(),
-            "engine": ready.engine.name,
-            "processes": ready.engine.world.size,
-            "made_with": {
-                "lapilli": VERSION,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
-        },
-    )
+    atomic.write_json(folder.path / MANIFEST, manifest(ready, facts, done))
