@@ -110,12 +110,12 @@ def open_named(
     from pathlib import Path
 
     from lapilli.base.errors import RecipeError
-    from lapilli.evaluate.catalogue import is_own, judged_by, load_task
+    from lapilli.evaluate.catalogue import is_own, load_task
     from lapilli.evaluate.files import read_overrides
     from lapilli.evaluate.job import open_jobs
 
     names = list(dict.fromkeys(name for one in tasks for name in one.split(",") if name))
-    loaded = [judged_by(load_task(name), judged) for name in names]
+    loaded = [load_task(name) for name in names]
     alike = {task.name for task in loaded if sum(other.name == task.name for other in loaded) > 1}
     if alike:
         raise RecipeError(f"--task: two tasks are called {', '.join(sorted(alike))}; give one of them another name")
@@ -130,12 +130,33 @@ def open_named(
         folder = data if data is not None else str(Path(name).resolve().parent)
         named = read_overrides(files)
         jobs += open_jobs(task, folder, protocols, named=named, alone=len(loaded) == 1, limit=limit, asking=asking)
-    return jobs
+    return _with_judge(jobs, judged) if judged else jobs
+
+
+def _with_judge(jobs: Sequence[Job], settings: Sequence[str]) -> list[Job]:
+    """Jobs with a judge for those tasks that one can score. Raises RecipeError if there is none."""
+    from dataclasses import replace
+
+    from lapilli.base.errors import RecipeError
+    from lapilli.evaluate.catalogue import judged_by
+    from lapilli.evaluate.judge.items import has_reference
+    from lapilli.evaluate.judge.options import JUDGE
+
+    fit = [
+        job.task.scorer == JUDGE or (job.task.scorer is None and all(map(has_reference, job.questions))) for job in jobs
+    ]
+    if not any(fit):
+        named = ", ".join(f"{job.task.name} ({job.task.scorer or 'no reference answers'})" for job in jobs)
+        raise RecipeError(f"--judge: a judge scores tasks without a scorer that have reference answers, not {named}")
+    return [
+        replace(job, task=judged_by(job.task, settings)) if yes else job for job, yes in zip(jobs, fit, strict=True)
+    ]
 
 
 def _say(jobs: Sequence[Job], limit: int | None) -> None:
     for job in jobs:
         pictures = len({image.path or image.data for question in job.asked for image in question.images})
         of = f" of {len(job.questions):,}, --limit {limit}" if len(job.asked) < len(job.questions) else ""
-        typer.echo(f"{job.task.name}: {len(job.asked):,} questions{of}, {pictures:,} pictures", err=True)
+        judge = ", scored by a judge" if job.task.scorer == "judge" else ""
+        typer.echo(f"{job.task.name}: {len(job.asked):,} questions{of}, {pictures:,} pictures{judge}", err=True)
     sys.stderr.flush()

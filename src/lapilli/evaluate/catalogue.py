@@ -63,8 +63,6 @@ def judged_by(task: Task, settings: Sequence[str]) -> Task:
 
     Raises RecipeError for a setting that is not known or not of its kind, and for a task that has another scorer.
     """
-    if not settings:
-        return task
     if task.scorer not in (None, JUDGE):
         raise RecipeError(
             f"--judge: task {task.name} is scored by {task.scorer}; a judge is for tasks without a scorer"

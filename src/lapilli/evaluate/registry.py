@@ -6,11 +6,12 @@ instead of a different number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from lapilli.base.errors import nearest
+from lapilli.evaluate.task import Question
 
 F = TypeVar("F")
 
@@ -23,8 +24,8 @@ class Entry(Generic[F]):
     options: frozenset[str] = frozenset()
     faults: Callable[[Mapping[str, Any]], list[str]] | None = None
     """A line for each option whose value is wrong; asked when a task is read."""
-    before: Callable[[Mapping[str, Any]], None] | None = None
-    """Raises LapilliError for what would fail only after long work; asked before it."""
+    before: Callable[[Sequence[Question], Mapping[str, Any]], None] | None = None
+    """Of scorers: raises LapilliError for what would fail only after the questions are answered; asked before."""
     needs_truth: bool = True
     """Of scorers: questions without a known right answer can't be scored."""
 

@@ -61,7 +61,7 @@ def evaluate(
     """
     settings, out = settings or Settings(), Path(out)
     for job in jobs:
-        check_scorer(job.task)
+        check_scorer(job)
         check_pictures(job, settings.allow_missing)
         folder = out / job.task.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -226,7 +226,7 @@ def score(
     Raises DataError for answers that belong to no question or are given twice, RunError if more than `allow_missing`
     questions have no answer.
     """
-    check_scorer(job.task)
+    check_scorer(job)
     lines = [line for path in files for line in read_answers(path)]
     made = join(job.questions, lines)
     made.check(", ".join(str(path) for path in files))

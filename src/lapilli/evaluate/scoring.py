@@ -97,11 +97,11 @@ def finish(
     return made
 
 
-def check_scorer(task: Task) -> None:
+def check_scorer(job: Job) -> None:
     """Raise LapilliError for what would make a task's scorer fail only after its questions are answered."""
-    entry = None if task.scorer is None else SCORERS[task.scorer]
+    entry = None if job.task.scorer is None else SCORERS[job.task.scorer]
     if entry is not None and entry.before is not None:
-        entry.before(task.options)
+        entry.before(job.asked, {**job.task.options, "task": job.task.name, "files": job.files})
 
 
 def known_truth(questions: Sequence[Question]) -> list[Question]:

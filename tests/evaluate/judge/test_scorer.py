@@ -177,6 +177,11 @@ def test_a_benchmark_without_a_scorer_is_judged_by_one_command(tmp_path):
     made = json.loads((tmp_path / "out/llava-bench/results.json").read_text())
     assert made["protocols"]["llava"]["values"] == {"score": 50.0, "ours": 40.0, "reference": 80.0}
     assert made["protocols"]["llava"]["groups"]["category"]["conv"]["score"] == 50.0
+    told = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "x"), "--judge", "key_env=NO_SUCH_KEY"])
+    assert "is not set" in str(told.exception)
+    (tmp_path / "data" / "answers_gpt4.jsonl").unlink()
+    told = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "x"), "--judge", "key_env=none"])
+    assert "not llava-bench (no reference answers)" in str(told.exception)
     with pytest.raises(RecipeError, match="task pope is scored by pope"):
         judged_by(load_task("pope"), ["model=m"])
     with pytest.raises(RecipeError, match="modell: unknown key"):

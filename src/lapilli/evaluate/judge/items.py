@@ -114,6 +114,11 @@ def question_items(
     return [_item(task, n, question, answers[question.id], rules, style) for n, question in enumerate(questions, 1)]
 
 
+def has_reference(question: Question) -> bool:
+    """Whether there is something to judge an answer to this question by."""
+    return isinstance(question.record.get("reference"), str) or _expected(question.truth) is not None
+
+
 def _item(
     task: str, number: int, question: Question, answer: str, rules: Mapping[str, Rule], style: str | None
 ) -> Item:

@@ -33,11 +33,12 @@ RULES = "rules"
 log = logging.getLogger(__name__)
 
 
-def before(options: Mapping[str, Any]) -> None:
-    """Raise RecipeError for an address or key that can't be used, and for half a price."""
+def before(questions: Sequence[Question], options: Mapping[str, Any]) -> None:
+    """Raise RecipeError or DataError for what would stop the judge at once: address, key, price, rules, references."""
     how = judge_options(options)
     check_url(how.url, read_key(how.key_env, how.url))
     _price(how)
+    _requests(how, _items(how, questions, dict.fromkeys((question.id for question in questions), ""), options), options)
 
 
 def score(questions: Sequence[Question], answers: Mapping[str, str], options: Mapping[str, Any]) -> Scores:
@@ -48,13 +49,21 @@ def score(questions: Sequence[Question], answers: Mapping[str, str], options: Ma
     how = judge_options(options)
     if options["folder"] is None:
         raise RecipeError(f"task {options['task']}: a judge's replies are kept; name a folder for them with --out")
-    items = question_items(options["task"], questions, answers, load_rules(options["files"].get(RULES)), how.style)
-    if how.both_orders and all(item.graded for item in items):
-        raise RecipeError(f"task {options['task']}: judge.both_orders: grades are given to one answer at a time")
+    items = _items(how, questions, answers, options)
     store = Store(_folder(options["folder"], how) / REVIEWS_FILE)
     _ask(how, items, store, options)
     made = review_scores(store.path, options["protocol"])
     return replace(made, notes=(f"judged by {how.model}", *made.notes))
+
+
+def _items(
+    how: JudgeOptions, questions: Sequence[Question], answers: Mapping[str, str], options: Mapping[str, Any]
+) -> list[Item]:
+    rules = load_rules(options["files"].get(RULES))
+    items = question_items(options["task"], questions, answers, rules, how.style)
+    if how.both_orders and all(item.graded for item in items):
+        raise RecipeError(f"task {options['task']}: judge.both_orders: grades are given to one answer at a time")
+    return items
 
 
 def _ask(how: JudgeOptions, items: Sequence[Item], store: Store, options: Mapping[str, Any]) -> None:
