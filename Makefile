@@ -22,12 +22,13 @@ RUN = $(VENV)/bin
 # PyTorch's threads and pytest's two workers would fight for the same two cores.
 PYTEST = OMP_NUM_THREADS=1 $(RUN)/python -m pytest
 
-.PHONY: help venv dev quickstart test test-slow lint bench clean
+.PHONY: help venv dev quickstart test test-slow soak lint bench clean
 
 help:
 	@echo "make quickstart   install, then build, train and examine a small assistant on real images (offline, CPU)"
 	@echo "make test         the fast tests"
 	@echo "make test-slow    the slow tests"
+	@echo "make soak         the very slow ones: a run killed at thirty random moments"
 	@echo "make lint         ruff, pyright and the import floors"
 	@echo "make bench        the training benchmark"
 	@echo "make clean        remove the environment and the quickstart's run"
@@ -59,7 +60,10 @@ test: $(VENV)/.dev
 	$(PYTEST) -n 2 -m "not slow"
 
 test-slow: $(VENV)/.dev
-	$(PYTEST) -n 2 -m slow
+	$(PYTEST) -n 2 -m "slow and not soak"
+
+soak: $(VENV)/.dev
+	$(PYTEST) -m soak
 
 lint: $(VENV)/.dev
 	$(RUN)/ruff check
