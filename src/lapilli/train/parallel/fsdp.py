@@ -77,6 +77,10 @@ class Fsdp(Lockstep):
             # A sum, which Gloo knows too: a step's loss is normalised over all processes before.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
+        for part in module.modules():
+            # Else transformers' `generate` waits for all processes, where the first one asks the model by itself. It
+            # is a note to the compiler, which does not compile what is split here.
+            part._is_fsdp_managed_module = False  # type: ignore[assignment]
         self._trained = [(name, p) for name, p in module.model.named_parameters() if p.requires_grad]
 
     def _share(self, module: nn.Module) -> None:
@@ -91,6 +95,9 @@ class Fsdp(Lockstep):
     def complete(self, parameters: Sequence[nn.Parameter]) -> None:
         # Rows are summed by the backward pass itself.
         self.world.add_up(p.grad for p in self._whole if p.grad is not None)
+
+    def finite_gradients(self, optimizer: torch.optim.Optimizer) -> bool:
+        return all(bool(_local(p.grad).isfinite().all()) for _, p in self.trained() if p.grad is not None)
 
     def gradient_norm(self, parameters: list[nn.Parameter]) -> torch.Tensor:
         rows = [_local(p.grad) for p in parameters if isinstance(p.grad, DTensor)]
