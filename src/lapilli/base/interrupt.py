@@ -13,10 +13,15 @@ WISHES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopWish:
-    """While entered, remembers that the process was asked to stop; elsewhere than in the main thread, does nothing."""
+    """While entered, remembers that the process was asked to stop; elsewhere than in the main thread, does nothing.
 
-    def __init__(self) -> None:
+    With `for_good`, a process that was asked to stop hears no more SIGTERM and SIGUSR1 afterwards: it is about to end
+    with a status that says so, and where others were asked too, their stop may come before its own signal does.
+    """
+
+    def __init__(self, *, for_good: bool = False) -> None:
         self.signal: str | None = None
+        self._for_good = for_good
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopWish":
@@ -28,7 +33,8 @@ class StopWish:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            deaf = self._for_good and self.signal is not None and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if deaf else handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:

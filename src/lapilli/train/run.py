@@ -88,7 +88,7 @@ def _train(
         done = _go_on(ready, average, guard, facts, say)
         world.from_first(lambda: _begin_folder(ready, origins, facts, done))
     with (
-        StopWish() as wish,
+        StopWish(for_good=True) as wish,
         MetricsFile(ready.folder.metrics, done) if world.first else nullcontext() as metrics,
         _checkpoints(ready, average) as checkpoints,
     ):
@@ -104,7 +104,6 @@ def _train(
     if checkpoints.saved:
         say(f"{checkpoints.saved} checkpoints saved; training stood still {checkpoints.waited_seconds:.1f} s for them")
     if loop.done < ready.total_steps:
-        world.exchange(None)  # nobody leaves, and has a launcher end the others, before all is written
         say(f"stopped by {wish.signal} after step {loop.done}; the same command goes on from there")
         return Outcome(loop.done, ready.total_steps, wish.signal)
 
