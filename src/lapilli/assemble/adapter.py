@@ -32,11 +32,17 @@ _NEAR = 3
 
 
 def save_adapter(
-    model: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase, spec: FolderSpec, base: Path, folder: Path
+    model: VisionLanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: FolderSpec,
+    base: Path,
+    folder: Path,
+    trained_over: str | None = None,
 ) -> None:
     """Write the adapters of `model.language_model`, the projector and the tokenizer.
 
-    `spec` describes the model with its adapters; `base` is the folder that they were trained on.
+    `spec` describes the model with its adapters; `base` is the folder that they were trained on, with its weights held
+    as `trained_over` if not as they are stored there.
     """
     wrapper = adapters_of(model)
     if wrapper is None:
@@ -49,7 +55,8 @@ def save_adapter(
         tokenizer.chat_template = spec.chat_template()
         tokenizer.save_pretrained(draft)
         write_spec(draft, spec.model_copy(update={"joined": joined_fields(model.config)}))
-        (draft / BASE).write_text(json.dumps(_base_note(folder, base), indent=2) + "\n", encoding="utf-8")
+        note = _base_note(folder, base) | ({"trained_over": trained_over} if trained_over else {})
+        (draft / BASE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
 def _base_note(folder: Path, base: Path) -> dict[str, str]:

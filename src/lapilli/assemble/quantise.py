@@ -30,11 +30,12 @@ from lapilli.base.progress import Progress
 from lapilli.checkpoint import names
 from lapilli.checkpoint.stream import Lazy, Tensors, check_space, total_bytes, write_folder
 from lapilli.checkpoint.tensors import read_json
+from lapilli.model.quantised import BLOCK
 from lapilli.model.quiet import quiet
 
 Bits = Literal[8, 4]
 
-_BLOCK, _NESTED_BLOCK = 64, 256
+_NESTED_BLOCK = 256
 _STATE_BYTES = 256
 """Room for the JSON that describes a 4-bit tensor; blanks fill it, so that its size is known before it is made."""
 _KEPT = ("lm_head", "vision_tower", "multi_modal_projector", "vision_encoder", "projector")
@@ -84,7 +85,7 @@ def quantise(
         opened = open_model(src, base, template=template)
         because = _why_not_hf(opened)
         draft = (targets.to_lapilli if because else targets.to_hf)(opened, None)
-        layers = _layers(draft)
+        layers = linear_weights(draft.opened)
         tensors, count = _tensors(draft, layers, bits)
         size = total_bytes(tensors.values())
         check_space(out, size)
@@ -104,9 +105,11 @@ def _why_not_hf(opened: OpenModel) -> str:
     return where_it_fits(targets.with_vocabulary(opened, rows).config, opened.spec.image)
 
 
-def _layers(draft: Draft) -> set[str]:
-    """Canonical names of the weights that are quantised: of all linear layers but the output layer."""
-    opened = draft.opened
+def linear_weights(opened: OpenModel) -> set[str]:
+    """Canonical names of the weights that are quantised: of all linear layers but the output layer.
+
+    Raises ModelError for a language model with linear layers of another form.
+    """
     empty = empty_model(AutoModelForCausalLM, opened.config.text_config, opened.folder)
     output = empty.get_output_embeddings()
     modules = {name: module for name, module in empty.named_modules() if module is not output}
@@ -184,14 +187,14 @@ def _nf4(name: str, tensor: Lazy) -> Iterator[tuple[str, Lazy]]:
     def make(value: torch.Tensor) -> list[torch.Tensor]:
         from bitsandbytes.functional import quantize_4bit
 
-        made, state = quantize_4bit(value, blocksize=_BLOCK, quant_type="nf4", compress_statistics=True)
+        made, state = quantize_4bit(value, blocksize=BLOCK, quant_type="nf4", compress_statistics=True)
         told: Any = state.as_dict(packed=True)
         text = bytes(told["quant_state.bitsandbytes__nf4"].tolist()).ljust(_STATE_BYTES)
         described = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         return [made, *(told[key] for key in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")), described]
 
     size = torch.Size(tensor.shape).numel()
-    blocks = -(-size // _BLOCK)
+    blocks = -(-size // BLOCK)
     shapes = {
         name: ((-(-size // 2), 1), torch.uint8),
         f"{name}.absmax": ((blocks,), torch.uint8),

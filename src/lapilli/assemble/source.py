@@ -192,10 +192,15 @@ class _Slice:
         return self._tensor.dtype.is_floating_point
 
 
-def materialise(opened: OpenModel, dtype: torch.dtype) -> VisionLanguageModel:
-    """Read every tensor and make the model, in `dtype`, ready to answer. Raises ModelError for unreadable files."""
+def materialise(
+    opened: OpenModel, dtype: torch.dtype, language_dtype: torch.dtype | None = None
+) -> VisionLanguageModel:
+    """Read every tensor and make the model, in `dtype`, ready to answer. Raises ModelError for unreadable files.
+
+    `language_dtype` is the language model's, if it is another one.
+    """
     config = copy.deepcopy(opened.config)
-    language: Any = _part(opened, names.LANGUAGE, AutoModelForCausalLM, config.text_config, dtype)
+    language: Any = _part(opened, names.LANGUAGE, AutoModelForCausalLM, config.text_config, language_dtype or dtype)
     vision = _part(opened, names.VISION, AutoModel, config.vision_config, dtype)
     language.generation_config = copy.deepcopy(opened.generation_config)
     config.vision_config, config.text_config, config.dtype = vision.config, language.config, dtype

@@ -1,7 +1,7 @@
-"""LoRA on the language model, through PEFT.
+"""LoRA on the language model, and on the vision encoder where that is asked for, through PEFT.
 
-Adapters are put into the layers of `model.language_model` alone, so they can't reach the vision encoder or the
-projector whatever names their layers share. PEFT is imported where adapters are made: it takes seconds.
+Adapters are put into one part at a time, so those of the language model can't reach the vision encoder or the projector
+whatever names their layers share. PEFT is imported where adapters are made: it takes seconds.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from torch import nn
 
 from lapilli.base.errors import RecipeError, nearest
 from lapilli.model.quiet import quiet
+from lapilli.model.vision import find_layers, resolve_layers
 from lapilli.model.vlm import VisionLanguageModel
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_WRAPPER = "peft_wrapper"
+_WRAPPER, _VISION_WRAPPER = "peft_wrapper", "peft_wrapper_vision"
 
 
 def linear_names(language_model: nn.Module, output: nn.Module | None) -> list[str]:
@@ -39,13 +40,14 @@ def add_lora(
     dropout: float,
     bias: str = "none",
     target_modules: Sequence[str] | None = None,
+    vision: bool = False,
 ) -> list[str]:
     """Put LoRA adapters into the language model and return the names of the layers that got them.
 
-    Raises RecipeError if a name in `target_modules` is no linear layer of it, or if it has adapters already.
+    With `vision` the linear layers of the vision encoder that are run get them too, whatever `target_modules` says.
+    Raises RecipeError if a name in `target_modules` is no linear layer of the language model, or if it has adapters
+    already.
     """
-    from peft import LoraConfig, get_peft_model
-
     if adapters_of(model) is not None:
         raise RecipeError("train.lora: the model has adapters already; merge them first")
     language: Any = model.language_model
@@ -62,21 +64,41 @@ def add_lora(
         # The output layer's own name can end like a hidden layer's; leave it out by its full name.
         output = language.get_output_embeddings()
         excluded = [n for n, m in language.named_modules() if m is output]
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        bias=bias,  # type: ignore[arg-type]
-        target_modules=targets,
-        exclude_modules=excluded,
-        task_type="CAUSAL_LM",
-    )
-    with quiet():
-        wrapper = get_peft_model(language, config)
-    # PEFT changes the layers in place, so the language model itself stays where it is. The wrapper is kept beside the
-    # module tree, for saving and merging only.
-    model.__dict__[_WRAPPER] = wrapper
+    how: dict[str, Any] = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "bias": bias}
+    _wrap(model, _WRAPPER, language, how | {"exclude_modules": excluded, "task_type": "CAUSAL_LM"}, targets)
+    if vision:
+        _wrap(model, _VISION_WRAPPER, model.vision_encoder, how | {"bias": "none"}, _vision_targets(model))
     return targets
+
+
+def _wrap(model: VisionLanguageModel, place: str, part: Any, how: dict[str, Any], targets: Sequence[str]) -> None:
+    """Put adapters into one part. PEFT changes its layers in place, so the part itself stays where it is.
+
+    The wrapper is kept beside the module tree, for saving and merging only.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    with quiet():
+        model.__dict__[place] = get_peft_model(part, LoraConfig(**how, target_modules=list(targets)))
+
+
+def _vision_targets(model: VisionLanguageModel) -> list[str]:
+    """Full names of the linear layers of the vision encoder, in the blocks that are run.
+
+    Layers whose weight their attention reads past their own forward pass would learn nothing, and are left out.
+    """
+    blocks = find_layers(model.vision_encoder)
+    run = blocks[: max(resolve_layers(model.config.feature_layers, len(blocks)))]
+    inside = {id(module) for block in run for module in block.modules() if type(module).forward is nn.Linear.forward}
+    names = [name for name, module in model.vision_encoder.named_modules() if id(module) in inside]
+    beside = (nn.MultiheadAttention,)
+    bypassed = {
+        f"{name}.out_proj" for name, module in model.vision_encoder.named_modules() if isinstance(module, beside)
+    }
+    found = [name for name in names if name not in bypassed]
+    if not found:
+        raise RecipeError("train.lora.vision: the vision encoder has no linear layer for adapters in its blocks")
+    return found
 
 
 def adapters_of(model: VisionLanguageModel) -> PeftModel | None:
@@ -85,8 +107,9 @@ def adapters_of(model: VisionLanguageModel) -> PeftModel | None:
 
 
 def merge_lora(model: VisionLanguageModel) -> None:
-    """Merge the adapters into the language model's own weights; without adapters nothing changes."""
-    wrapper: Any = model.__dict__.pop(_WRAPPER, None)
-    if wrapper is not None:
-        with quiet():
-            model.language_model = wrapper.merge_and_unload()
+    """Merge the adapters into the model's own weights; without adapters nothing changes."""
+    for place, part in ((_WRAPPER, "language_model"), (_VISION_WRAPPER, "vision_encoder")):
+        wrapper: Any = model.__dict__.pop(place, None)
+        if wrapper is not None:
+            with quiet():
+                setattr(model, part, wrapper.merge_and_unload())

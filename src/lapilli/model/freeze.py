@@ -5,12 +5,14 @@ it from there. What nothing can train (encoder layers that are never run) is alw
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from lapilli.base.errors import RecipeError, unknown
+from lapilli.model.held import held_as, held_bytes, numel
 from lapilli.model.vision import find_layers, resolve_layers
 from lapilli.model.vlm import VisionLanguageModel
 
@@ -29,6 +31,10 @@ class PartCount:
     frozen: int
     unused: int
     """Of the frozen ones: in encoder layers above the one that is read."""
+    held: Mapping[str, int] = field(default_factory=dict)
+    """Parameters by what they are held as: `fp32`, `bf16`, `nf4`."""
+    held_bytes: int = 0
+    """Memory of the weights; 0 where they are not there (on the meta device)."""
 
 
 def part_of(name: str) -> str:
@@ -37,20 +43,24 @@ def part_of(name: str) -> str:
     return head if head in _PARTS else "projector"
 
 
-def apply_freeze(model: VisionLanguageModel, freeze: str | Sequence[str], *, lora: bool = False) -> list[PartCount]:
+def apply_freeze(
+    model: VisionLanguageModel, freeze: str | Sequence[str], *, lora: bool = False, lora_vision: bool = False
+) -> list[PartCount]:
     """Set what trains and return the table of it.
 
     `freeze` is one of `SETS` or a list of regular expressions, searched in parameter names; what matches one is
-    frozen. With `lora`, the language model's own weights are frozen whatever `freeze` says, its adapters train.
+    frozen. With `lora`, the language model's own weights are frozen whatever `freeze` says, its adapters train; with
+    `lora_vision`, the vision encoder's likewise.
     Raises RecipeError for an unknown name, an expression that matches nothing or is malformed, and for a set that
     leaves nothing to train.
     """
     names = [name for name, _ in model.named_parameters()]
     frozen = _by_set(freeze, names) if isinstance(freeze, str) else _by_expressions(freeze, names)
     never_run = _never_run(model)
+    adapted = ["language_model"] * lora + ["vision_encoder"] * lora_vision
     for name, parameter in model.named_parameters():
         adapter = ".lora_" in name
-        base = part_of(name) == "language_model" and lora and not adapter
+        base = part_of(name) in adapted and not adapter
         parameter.requires_grad_(adapter or not (name in frozen or name in never_run or base))
     if not any(p.requires_grad for p in model.parameters()):
         raise RecipeError(f"train.freeze: {_quoted(freeze)} freezes every parameter; leave out what shall train")
@@ -63,15 +73,31 @@ def table(model: VisionLanguageModel) -> list[PartCount]:
     rows = []
     for part in _PARTS:
         own = [(n, p) for n, p in model.named_parameters() if part_of(n) == part]
+        held: Counter[str] = Counter()
+        for _, parameter in own:
+            held[held_as(parameter)] += numel(parameter)
         rows.append(
             PartCount(
                 part,
-                sum(p.numel() for _, p in own if p.requires_grad),
-                sum(p.numel() for _, p in own if not p.requires_grad),
-                sum(p.numel() for n, p in own if n in never_run),
+                sum(numel(p) for _, p in own if p.requires_grad),
+                sum(numel(p) for _, p in own if not p.requires_grad),
+                sum(numel(p) for n, p in own if n in never_run),
+                held,
+                sum(held_bytes(p) for _, p in own),
             )
         )
     return rows
+
+
+def total(parts: Sequence[PartCount]) -> PartCount:
+    """The sum of a table's rows."""
+    held: Counter[str] = Counter()
+    for row in parts:
+        held.update(row.held)
+    trains, frozen, unused, size = (
+        sum(getattr(row, key) for row in parts) for key in ("trainable", "frozen", "unused", "held_bytes")
+    )
+    return PartCount("total", trains, frozen, unused, held, size)
 
 
 def _by_set(name: str, names: Sequence[str]) -> set[str]:

@@ -140,7 +140,18 @@ class Lora(Section):
     target_modules: tuple[str, ...] | None = None
     """Names of the linear layers to adapt, inside the language model; null adapts all but the output layer."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases train beside the adapters."""
+    """Which biases of the language model train beside the adapters."""
+    quantise: Literal["nf4", "int8"] | None = None
+    """QLoRA: hold the language model's linear layers in 4 bits (NF4, its scales quantised again) or in 8; all else, the
+    projector too, stays as it is. Needs bitsandbytes."""
+    vision: bool = False
+    """Adapters on the vision encoder's linear layers too; the run then exports the whole model, merged."""
+
+    @model_validator(mode="after")
+    def _quantised(self) -> "Lora":
+        if self.quantise is not None and self.bias != "none":
+            raise ValueError(f"quantise: {self.quantise} with bias: {self.bias}: biases of quantised layers can't train")
+        return self
 
 
 class Evaluation(Section):
@@ -164,6 +175,9 @@ class Train(Section):
     A list of regular expressions freezes the parameters whose name matches one of them; the rest trains."""
     lora: Lora | None = None
     """With LoRA the language model itself is frozen whatever `freeze` says."""
+    train_type: Literal["full", "use_lora", "freeze_vision"] | None = None
+    """Another way to say `freeze: full`, `lora: {}` (with `freeze: freeze_vision`) or `freeze: freeze_vision`, as other
+    tools do."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the data; a part of a pass is a part of its steps, rounded up."""
     max_steps: Positive | None = None
@@ -226,6 +240,20 @@ class Train(Section):
     export: Literal["last", "best", "average"] = "last"
     """Which weights `model/` holds: the last step's, those with the smallest validation loss (needs `keep_best`), or
     the moving average (needs `average_decay`)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_type(cls, value: Any) -> Any:
+        kind = value.get("train_type") if isinstance(value, dict) else None
+        if kind not in ("full", "use_lora", "freeze_vision"):
+            return value
+        given = {key: value.get(key) for key in ("freeze", "lora")}
+        meant = {"freeze": "full" if kind == "full" else "freeze_vision"}
+        if given["freeze"] not in (None, meant["freeze"]):
+            raise ValueError(f"train_type: {kind} contradicts freeze: {given['freeze']}; leave one of them out")
+        if kind != "use_lora" and given["lora"] is not None:
+            raise ValueError(f"train_type: {kind} contradicts lora; say use_lora, or leave one of them out")
+        return value | meant | ({"lora": {} if given["lora"] is None else given["lora"]} if kind == "use_lora" else {})
 
     @field_validator("freeze", mode="before")
     @classmethod

@@ -22,7 +22,8 @@ def export(ready: Prepared, say: Say) -> None:
     if ready.stage.train.lora is not None:
         more = _more_than_adapters(ready)
         if more is None:
-            save_adapter(model, tokenizer, spec, model_folder(str(ready.stage.model)), ready.folder.model)
+            base, held = model_folder(str(ready.stage.model)), ready.stage.train.lora.quantise
+            save_adapter(model, tokenizer, spec, base, ready.folder.model, trained_over=held)
             return
         say(f"adapters merged, model/ holds the whole model: {more}, which an adapter folder can't say")
         merge_lora(model)

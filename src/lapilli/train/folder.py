@@ -33,7 +33,7 @@ _UNTRAINED = {MANIFEST, LEFT_OUT, "index", "recipe.yaml"}
 
 _FREE = {
     "train": {
-        "tokens_per_micro_batch", "gradient_checkpointing", "validate_every", "evaluate", "save_every",
+        "tokens_per_micro_batch", "gradient_checkpointing", "train_type", "validate_every", "evaluate", "save_every",
         "keep_checkpoints", "keep_best", "non_finite", "max_skipped_steps",
     },
     "data": {"workers", "max_image_pixels", "max_image_bytes", "train", "validation", "images", "index"},

@@ -14,14 +14,14 @@ from typing import TextIO
 
 import torch
 
-from lapilli.assemble.load import Loaded, load
+from lapilli.assemble.load import Loaded
 from lapilli.base.errors import RunError
 from lapilli.data.buckets import Shape
 from lapilli.data.corpus import Corpus
 from lapilli.data.loader import TrainLoader
 from lapilli.data.quarantine import Quarantine
 from lapilli.model.adapter import add_lora
-from lapilli.model.freeze import PartCount, apply_freeze, table
+from lapilli.model.freeze import PartCount, apply_freeze, table, total
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.recipe.files import check_files
 from lapilli.recipe.schema import Source, Stage
@@ -37,6 +37,7 @@ from lapilli.train.precision import settle
 from lapilli.train.reading import Reading, limits, read_corpus, read_description, reading
 from lapilli.train.recompute import check_compile, compile_layers, keep_for_backward
 from lapilli.train.shapes import describe_shapes, fixed_shapes
+from lapilli.train.weights import check_weights, load_weights, refuse_whole_quantised
 
 Say = Callable[[str], None]
 
@@ -88,6 +89,7 @@ def prepare(
     for line in check_engine(engine_wanted, stage, world, device.device):
         say(line)
     check_optimizer(stage.train, engine_wanted, device.device)
+    check_weights(stage, engine_wanted, device.device)
     _settle(stage, device)
     # 3. Names and shapes that the model's folder gives: template, image mode, tokenizer.
     how = reading(stage, *read_description(str(stage.model)))
@@ -105,11 +107,12 @@ def prepare(
     loader = training_loader(stage, how, corpus, stage.data.train, world=world, shapes=shapes)
     loader.total_steps = total_steps = count_steps(stage, loader.steps_per_epoch)
     # 6. The weights; which of them train, at which precision, where.
-    loaded = load(str(stage.model), device="cpu", dtype=torch.float32)
-    parts = make_trainable(loaded.model, stage, how)
+    loaded = load_weights(stage, device)
+    make_trainable(loaded.model, stage, how)
     settle(loaded.model, stage.run, device, say)
     if stage.run.compile:
         say(f"compiled when they first run: {compile_layers(loaded.model, device)} layers")
+    parts = table(loaded.model)
     say(describe_parts(parts))
     # 7. What drives the training, as soon as every process has come so far: the engine sends weights.
     world.exchange(None)
@@ -227,9 +230,12 @@ def make_trainable(model: VisionLanguageModel, stage: Stage, how: Reading) -> Se
             dropout=train.lora.dropout,
             bias=train.lora.bias,
             target_modules=train.lora.target_modules,
+            vision=train.lora.vision,
         )
     adapted = [p for p in model.language_model.parameters() if p.requires_grad] if train.lora else []
-    apply_freeze(model, train.freeze, lora=train.lora is not None)
+    vision_too = train.lora is not None and train.lora.vision
+    apply_freeze(model, train.freeze, lora=train.lora is not None, lora_vision=vision_too)
+    refuse_whole_quantised(model, train)
     for parameter in adapted:  # the adapters, and the biases that `lora.bias` asks for
         parameter.requires_grad_(True)
     model.layout = how.layout
@@ -272,9 +278,13 @@ def _short(records: list[str]) -> list[str]:
 
 
 def describe_parts(parts: Sequence[PartCount]) -> str:
-    """The table of what trains."""
-    rows = [("part", "trains", "frozen", "never run")]
-    rows += [(p.part, compact(p.trainable), compact(p.frozen), compact(p.unused)) for p in parts]
-    trains, frozen, unused = (compact(sum(getattr(p, k) for p in parts)) for k in ("trainable", "frozen", "unused"))
-    rows.append(("total", trains, frozen, unused))
-    return "\n".join(f"  {a:<16}{b:>8}{c:>8}{d:>11}" for a, b, c, d in rows)
+    """The table of what trains, and of the memory that weights take, where they are there."""
+    rows = [("part", "trains", "frozen", "never run", "memory", "held in")]
+    for p in [*parts, total(parts)]:
+        held = ", ".join(f"{kind} {compact(count)}" for kind, count in p.held.items())
+        numbers = (compact(p.trainable), compact(p.frozen), compact(p.unused), f"{compact(p.held_bytes, 1024)}B")
+        rows.append((p.part, *numbers, held))
+    there = any(p.held_bytes for p in parts)
+    return "\n".join(
+        f"  {a:<16}{b:>8}{c:>8}{d:>11}" + (f"{e:>10}  {f}" if there else "") for a, b, c, d, e, f in rows
+    )
