@@ -19,12 +19,12 @@ WORDS = (  # noqa: SIM905  (a word list reads better as text)
 ).split()
 
 
-def make_language_model(folder: Path, tokenizer_model: Path) -> None:
-    """A Llama of 25 million parameters, 512 wide and 8 layers deep, with a SentencePiece tokenizer."""
+def make_language_model(folder: Path, tokenizer_model: Path, width: int = 512, layers: int = 8) -> None:
+    """A Llama with a SentencePiece tokenizer; 512 wide and 8 layers deep it has 27 million parameters."""
     config = hf.LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=8,
+        hidden_size=width,
+        intermediate_size=width * 43 // 16,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=8,
         vocab_size=2000,
@@ -40,12 +40,12 @@ def make_language_model(folder: Path, tokenizer_model: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def make_vision_encoder(folder: Path) -> None:
-    """A CLIP vision encoder 256 wide and 6 layers deep, for 336-pixel pictures in 14-pixel patches."""
+def make_vision_encoder(folder: Path, width: int = 256, layers: int = 6) -> None:
+    """A CLIP vision encoder for 336-pixel pictures in 14-pixel patches."""
     config = hf.CLIPVisionConfig(
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=6,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         image_size=336,
         patch_size=14,

@@ -81,6 +81,15 @@ def test_every_answer_is_the_one_its_prompt_gets_alone(tiny, pictures):
         assert tiny.generate_batch(chats, max_new_tokens=6, batch_size=slots) == alone
 
 
+def test_many_questions_about_one_picture_are_read_in_pieces(tiny, pictures):
+    """Together they are longer than what one mask spans; the longest one is longer by itself."""
+    words = ["the", "red", "dog", "on", "the", "left", "of", "the", "bird", "is", "it", "a", "cat", "or", "not"]
+    chats = [(" ".join(words[i % 5 :] * (1 + 5 * (i == 4)) + words[: i % 7]), pictures[:1]) for i in range(9)]
+    alone = [tiny.generate(*chat, max_new_tokens=6) for chat in chats]
+    assert len(set(alone)) > 3
+    assert tiny.generate_batch(chats, max_new_tokens=6, batch_size=9) == alone
+
+
 def test_answers_of_different_lengths_leave_and_enter_at_any_time(tiny, pictures):
     prompts = [tiny.processor.prompt(*chat) for chat in questions(pictures)]
     decodings = [Decoding(max_new_tokens=1 + (5 * i) % 7) for i in range(len(prompts))]

@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 
 from lapilli.assemble.load import Loaded
 from lapilli.base.errors import ModelError
+from lapilli.base.memory import keep_freed_memory
 from lapilli.generate.decoding import Answer, Decoding
 from lapilli.generate.growing import Growing
 from lapilli.generate.padding import answer_padded, why_not_padded
@@ -57,6 +58,8 @@ class Engine:
         self.memory_bytes = memory_bytes
         self._vocabulary = Vocabulary(loaded.tokenizer)
         self._known = loaded.tokenizer.get_vocab()
+        if next(self.model.parameters()).device.type == "cpu":
+            keep_freed_memory()
 
     @cached_property
     def padded_because(self) -> str:

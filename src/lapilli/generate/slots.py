@@ -24,8 +24,9 @@ from lapilli.model.attention import foreign_arguments
 SLOTS = "lapilli_slots"
 """Name under which the function is registered."""
 
-_BLOCK_TOKENS = 48
-"""Rests of prompts that are shorter than this on average share one call, with a mask between them."""
+_BLOCK_TOKENS = 192
+"""Rests of prompts share calls of about this many tokens, with a mask between them: fewer calls against more products
+that are masked away."""
 
 
 def register() -> None:
@@ -168,7 +169,7 @@ def slot_attention(
     if slots.making is not None:
         slots.making.keys.append(key[0].clone())
         slots.making.values.append(value[0].clone())
-        out = _attend(query, key, value, 0, form)
+        out = _attend(query, key, value, form)
     elif slots.counts:
         out = _rests(slots, layer, query, key, value, form)
     else:
@@ -183,25 +184,48 @@ def _rests(
     step: Step, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: _Form
 ) -> torch.Tensor:
     keys, values = step.cache.room(layer, key, max(step.counts))
-    parts = [x.split(list(step.counts), dim=2) for x in (query, key, value)]
-    for row, k, v in zip(step.rows, parts[1], parts[2], strict=True):
+    counts = list(step.counts)
+    for row, k, v in zip(step.rows, key.split(counts, dim=2), value.split(counts, dim=2), strict=True):
         keys[row, :, : k.shape[2]] = k[0]
         values[row, :, : v.shape[2]] = v[0]
     prefix = step.prefix
-    if prefix is not None and len(step.rows) > 1 and sum(step.counts) < _BLOCK_TOKENS * len(step.rows):
-        mask = step.once(
-            "rests", form.window, lambda: _rests_mask(step.counts, prefix.length, form.window, query.device)
-        )
-        return _masked(query, _behind(prefix.keys[layer], key), _behind(prefix.values[layer], value), mask, form)
     if prefix is None:
-        outs = [_attend(q, k, v, 0, form) for q, k, v in zip(*parts, strict=True)]
-    else:
-        before = prefix.keys[layer], prefix.values[layer]
-        outs = [
-            _attend(q, _behind(before[0], k), _behind(before[1], v), prefix.length, form)
-            for q, k, v in zip(*parts, strict=True)
-        ]
+        parts = (x.split(counts, dim=2) for x in (query, key, value))
+        return torch.cat([_attend(q, k, v, form) for q, k, v in zip(*parts, strict=True)], dim=2)
+    shared = prefix.length
+    blocks = step.once("blocks", None, lambda: _blocks(counts))
+
+    def make_masks() -> list[torch.Tensor]:
+        seen = [_rests_mask(block, shared, form.window, query.device) for block in blocks]
+        # Added to the scores, as the fused kernel does it: made once for all layers.
+        return [torch.where(one, 0.0, float("-inf")).to(query.dtype) for one in seen] if form.plain else seen
+
+    masks = step.once(f"rests, {form.plain}", form.window, make_masks)
+    sizes = [sum(block) for block in blocks]
+    all_keys, all_values = (_with_room(x, max(sizes)) for x in (prefix.keys[layer], prefix.values[layer]))
+    outs: list[torch.Tensor] = []
+    for size, mask, q, k, v in zip(sizes, masks, *(x.split(sizes, dim=2) for x in (query, key, value)), strict=True):
+        all_keys[:, :, shared : shared + size], all_values[:, :, shared : shared + size] = k, v
+        outs.append(_masked(q, all_keys[:, :, : shared + size], all_values[:, :, : shared + size], mask, form))
     return torch.cat(outs, dim=2)
+
+
+def _with_room(prefix: torch.Tensor, tokens: int) -> torch.Tensor:
+    """A prefix (Hk, P, d) with room for tokens behind it: (1, Hk, P + tokens, d)."""
+    made = prefix.new_empty(1, prefix.shape[0], prefix.shape[1] + tokens, prefix.shape[2])
+    made[0, :, : prefix.shape[1]] = prefix
+    return made
+
+
+def _blocks(counts: Sequence[int]) -> list[list[int]]:
+    """Neighbours, together at most _BLOCK_TOKENS unless one alone has more."""
+    made: list[list[int]] = []
+    for count in counts:
+        if made and sum(made[-1]) + count <= _BLOCK_TOKENS:
+            made[-1].append(count)
+        else:
+            made.append([count])
+    return made
 
 
 def _rests_mask(counts: Sequence[int], shared: int, window: int | None, device: torch.device) -> torch.Tensor:
@@ -215,19 +239,14 @@ def _rests_mask(counts: Sequence[int], shared: int, window: int | None, device: 
     return mask.to(device)
 
 
-def _behind(prefix: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    return torch.cat([prefix[None], own], dim=2)
-
-
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offset: int, form: _Form) -> torch.Tensor:
-    """One text: `query` (1, Hq, T, d) stands `offset` tokens behind the beginning of `key` (1, Hk, offset + T, d)."""
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: _Form) -> torch.Tensor:
+    """One whole text: `query` (1, Hq, T, d), `key` (1, Hk, T, d)."""
     length = query.shape[2]
-    if form.plain and offset == 0 and (form.window is None or length <= form.window):
+    if form.plain and (form.window is None or length <= form.window):
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=form.scale, enable_gqa=query.shape[1] != key.shape[1]
         )
-    ages = torch.arange(offset, offset + length, device=query.device)[:, None]
-    ages = ages - torch.arange(offset + length, device=query.device)[None, :]
+    ages = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)[None, :]
     mask = ages >= 0 if form.window is None else (ages >= 0) & (ages < form.window)
     return _masked(query, key, value, mask, form)
 
@@ -235,7 +254,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offset:
 def _masked(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, form: _Form
 ) -> torch.Tensor:
-    """Attention under a mask (..., T, L), True where a key is seen."""
+    """Attention under a mask (..., T, L), True where a key is seen; for the plain form also what is added to scores."""
     if form.plain:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=form.scale, enable_gqa=query.shape[1] != key.shape[1]

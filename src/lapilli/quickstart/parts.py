@@ -15,11 +15,11 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from lapilli.base.errors import RunError
+from lapilli.base.memory import keep_freed_memory
 from lapilli.quickstart.language import train_language
 from lapilli.quickstart.plan import Paths, Sizes
 from lapilli.quickstart.scans import load_scans
 from lapilli.quickstart.vision import train_vision
-from lapilli.train.device.cpu import keep_freed_memory
 
 PARTS = ("language", "vision")
 
