@@ -15,12 +15,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+LONGEST_SECONDS = 300
+
 
 @dataclass(frozen=True)
 class Job:
     """One run: its recipe with overrides. `signal` is sent to process 1 when `after` steps are in the metrics.
 
-    With `fail` a layer of process 0 raises it, as an error of its own, in the first step after `after`.
+    With `fail` a layer of process 0 raises it, as an error of its own, in the first step after `after`. With `ask` the
+    model answers after every step for which the recipe has a task.
     """
 
     recipe: str
@@ -29,14 +32,20 @@ class Job:
     signal: int = 0
     after: int = 0
     fail: str = ""
+    ask: bool = False
 
 
 def run_together(jobs: Sequence[Job], folder: Path, processes: int = 2) -> list[list[dict[str, Any]]]:
     """Do the jobs with torchrun; return what each process says of each: [job][process]."""
     plan = _plan(jobs, folder)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    made = subprocess.run([*torchrun, __file__, str(plan)], capture_output=True, text=True, timeout=300, check=False)
-    assert made.returncode == 0, made.stderr[-4000:]
+    launched = subprocess.Popen([*torchrun, __file__, str(plan)], stderr=subprocess.PIPE, text=True)
+    try:
+        _, errors = launched.communicate(timeout=LONGEST_SECONDS)
+    except subprocess.TimeoutExpired:
+        launched.terminate()  # it ends the processes that it started; killed, it could not
+        raise
+    assert launched.returncode == 0, errors[-8000:]
     said = [json.loads(Path(f"{plan}.{rank}").read_text()) for rank in range(processes)]
     return [list(one) for one in zip(*said, strict=True)]
 
@@ -64,35 +73,56 @@ def _happen(job: Job, metrics: Path) -> None:
     os.kill(os.getpid(), job.signal)
 
 
-class _Watcher:
-    """Called after every step, in process 0: notes what the engine is, and lets a layer fail if that is wished."""
+class Watcher:
+    """Called after every step, in process 0: notes what the engine is, and does what the job wishes."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.engine: dict[str, Any] = {}
 
-    def __call__(self, ready: Any, step: int, *_: Any) -> dict[str, Any]:
-        here = [p.to_local() if hasattr(p, "to_local") else p for _, p in ready.engine.trained()]
-        kinds = [type(module).__mro__ for module in ready.engine.module.modules()]
-        self.engine = {
-            "name": ready.engine.name,
-            "units": sum("FSDPModule" in {cls.__name__ for cls in mro} for mro in kinds),
-            "trained": sum(p.numel() for _, p in ready.engine.trained()),
-            "trained here": sum(p.numel() for p in here),
-            "frozen here": sum(
-                (p.to_local() if hasattr(p, "to_local") else p).numel()
-                for p in ready.engine.module.parameters()
-                if not p.requires_grad
-            ),
-            "kinds": sorted({type(p).__name__ for _, p in ready.engine.trained()}),
-        }
+    def __call__(self, ready: Any, step: int, last: bool, *_: Any) -> dict[str, float]:
+        self.engine = _facts(ready.engine)
         if self.job.fail and step == self.job.after:
 
             def fail(*_: Any) -> None:
                 raise RuntimeError(self.job.fail)
 
             ready.loaded.model.language_model.base_model.layers[1].register_forward_pre_hook(fail)
-        return {}
+        due = any(last or step % task.every == 0 for task in ready.stage.train.evaluate)
+        return _answer(ready) if self.job.ask and due else {}
+
+
+def _facts(engine: Any) -> dict[str, Any]:
+    kinds = [{cls.__name__ for cls in type(module).__mro__} for module in engine.module.modules()]
+    trained = [p for _, p in engine.trained()]
+    return {
+        "name": engine.name,
+        "units": sum("FSDPModule" in names for names in kinds),
+        "trained": sum(p.numel() for p in trained),
+        "trained here": sum(_here(p).numel() for p in trained),
+        "frozen here": sum(_here(p).numel() for p in engine.module.parameters() if not p.requires_grad),
+        "kinds": sorted({type(p).__name__ for p in trained}),
+        "dtypes": sorted({str(p.dtype) for p in trained}),
+    }
+
+
+def _here(parameter: Any) -> Any:
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def _answer(ready: Any) -> dict[str, float]:
+    """What the model says, run by itself in this process: numbers that depend on every weight of the language model."""
+    import torch
+
+    from lapilli.train.setup import training_mode
+
+    model = ready.loaded.model.eval()
+    ids = torch.arange(10, 30)[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        said = model.generate(ids, max_new_tokens=4, do_sample=False)
+    training_mode(model)
+    return {"logits": float(logits.double().square().mean()), "said": float(said.double().sum())}
 
 
 def _main() -> None:
@@ -109,7 +139,7 @@ def _main() -> None:
             if job.signal and world.rank == 1:
                 metrics = Path(str(stage.out)) / "metrics.jsonl"
                 threading.Thread(target=_happen, args=(job, metrics), daemon=True).start()
-            watcher = _Watcher(job)
+            watcher = Watcher(job)
             try:
                 outcome = train_stage(stage, {}, resume=job.resume, stream=nowhere, world=world, evaluate=watcher)
                 said.append({"step": outcome.step, "stopped_by": outcome.stopped_by})

@@ -31,11 +31,11 @@ run: {{precision: fp32, device: cpu, deterministic: true, threads: 1}}
     return folder
 
 
-def train_alone(path, *overrides, resume="auto", out=None):
+def train_alone(path, *overrides, resume="auto", out=None, evaluate=None):
     loaded = load_recipe(path, [*overrides, *([f"out={out}"] if out else [])])
     (stage,) = loaded.recipe.stages
     with open("/dev/null", "w") as stream:
-        train_stage(stage, {}, resume=resume, stream=stream)
+        train_stage(stage, {}, resume=resume, stream=stream, evaluate=evaluate)
     return Path(str(stage.out))
 
 

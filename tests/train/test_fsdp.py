@@ -1,17 +1,15 @@
 """Weights split over two processes learn what one process does, and end together whatever happens to one of them."""
 
 import json
-import subprocess
-import sys
 import time
 
 import pytest
-from tests.support import processes
-from tests.support.processes import Job, run_together
+from tests.support.processes import Job, Watcher, run_together
 from tests.support.runs import assert_learned_the_same, make_workshop, train_alone
 
 from lapilli.base.errors import RunError
 from lapilli.recipe.schema import Fsdp, Run
+from lapilli.train.metrics import read_metrics
 from lapilli.train.parallel.fsdp import check_fsdp
 from lapilli.train.parallel.world import ALONE, World
 
@@ -32,6 +30,7 @@ KINDS = {
         "train.global_batch_size=3",
     ],
     "text_beside_pictures": ["train.freeze=full", "train.global_batch_size=2", "data.order=sequential"],
+    "asked": ["train.evaluate=[{task: any, every: 2}]", "train.save_every=null"],
     "nothing_for_one": ["train.freeze=full", "train.global_batch_size=1", "train.max_steps=4"],
 }
 SPLIT = {
@@ -39,8 +38,15 @@ SPLIT = {
     "lora, frozen split": [*KINDS["lora"], "run.fsdp.frozen=shard"],
     "full, kept gathered": [*KINDS["full"], "run.fsdp.reshard=false"],
     "full, recomputed": [*KINDS["full"], "train.gradient_checkpointing=full"],
+    "full, partly recomputed": [*KINDS["full"], "train.gradient_checkpointing=selective"],
     "text_beside_pictures, offloaded": [*KINDS["text_beside_pictures"], "run.fsdp.offload=true"],
 }
+LANGUAGE = 3
+"""Units: the two layers of the language model, and the rest; where the vision encoder trains, two of its layers too."""
+UNITS = {
+    "projector": 1, "full": 5, "text_beside_pictures": 5, "nothing_for_one": 5,
+    "projector, frozen split": 6, "lora, frozen split": 6,
+}  # fmt: skip
 
 
 def alike(kind):
@@ -73,7 +79,9 @@ def alone(workshop):
 
     def run(kind):
         if kind not in made:
-            made[kind] = train_alone(str(workshop / "recipe.yaml"), *EVERY, *KINDS[kind], out=f"one-{kind}")
+            more = [*EVERY, *KINDS[kind]]
+            evaluate = Watcher(Job("", ask=True)) if kind == "asked" else None
+            made[kind] = train_alone(str(workshop / "recipe.yaml"), *more, out=f"one-{kind}", evaluate=evaluate)
         return made[kind]
 
     return run
@@ -83,7 +91,24 @@ def alone(workshop):
 def together(workshop, alone):
     """What two processes say of all the jobs below: they are started once."""
     path = str(workshop / "recipe.yaml")
-    jobs = {kind: Job(path, [*EVERY, FSDP, *more, f"out={kind}"]) for kind, more in (KINDS | SPLIT).items()}
+    adamw = [*EVERY, *KINDS["adamw"]]
+    jobs = {
+        kind: Job(path, [*EVERY, FSDP, *more, f"out={kind}"], ask=kind == "asked")
+        for kind, more in (KINDS | SPLIT).items()
+    }
+    jobs["ddp"] = Job(path, [*adamw, "run.engine=ddp", "out=ddp"])
+    for name, engine, origin in (
+        ("fsdp from ddp", "fsdp", "ddp"),
+        ("ddp from fsdp", "ddp", "adamw"),
+        ("fsdp from one", "fsdp", alone("adamw")),
+    ):
+        jobs[name] = Job(
+            path, [*adamw, f"run.engine={engine}", f"out={name}"], resume=f"{origin}/checkpoints/step-000002"
+        )
+    bf16 = [*EVERY, *KINDS["full"], "run.precision=bf16"]
+    for engine in ("ddp", "fsdp"):
+        jobs[f"bf16 {engine}"] = Job(path, [*bf16, f"run.engine={engine}", f"out=bf16-{engine}"])
+    jobs["not finite"] = Job(path, [*EVERY, FSDP, "train.learning_rate=1e30", "train.non_finite=bisect", "out=broken"])
     return dict(zip(jobs, run_together(list(jobs.values()), workshop), strict=True))
 
 
@@ -95,3 +120,85 @@ def test_two_processes_learn_what_one_does(workshop, alone, together, kind):
     manifest = json.loads((workshop / kind / "run.json").read_text())
     assert (manifest["engine"], manifest["processes"]) == ("fsdp", 2)
     assert_learned_the_same(alone(alike(kind)), workshop / kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*KINDS, *SPLIT])
+def test_each_process_has_its_rows_only(workshop, together, kind):
+    engine = json.loads((workshop / kind / "engine.json").read_text())
+    assert engine["kinds"] == ["DTensor"]
+    assert engine["trained here"] * 2 == pytest.approx(engine["trained"], rel=0.01)
+    assert engine["units"] == UNITS.get(kind, UNITS.get(alike(kind), LANGUAGE))
+    frozen = sum(json.loads((workshop / alike(kind) / "engine.json").read_text())[k] for k in ("frozen here",))
+    if "frozen split" in kind:
+        assert engine["frozen here"] * 2 == pytest.approx(frozen, rel=0.01)
+    else:
+        assert engine["frozen here"] == frozen
+
+
+@pytest.mark.slow
+def test_the_first_process_asks_the_whole_model(workshop, alone, together):
+    rows, others = (read_metrics(folder / "metrics.jsonl") for folder in (alone("asked"), workshop / "asked"))
+    answers = [row["evaluation"] for row in rows if "evaluation" in row]
+    assert len(answers) == 2
+    found = [row["evaluation"] for row in others if "evaluation" in row]
+    assert len({answer["logits"] for answer in answers}) == 2
+    assert [answer["said"] for answer in found] == [answer["said"] for answer in answers]
+    for answer, one in zip(found, answers, strict=True):
+        assert answer["logits"] == pytest.approx(one["logits"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_engine(workshop, alone, together):
+    for name in ("fsdp from ddp", "ddp from fsdp", "fsdp from one"):
+        assert together[name][0]["step"] == 3, together[name]
+        assert_learned_the_same(alone("adamw"), workshop / name, after=2)
+    path, checkpoint = str(workshop / "recipe.yaml"), str(workshop / "adamw/checkpoints/step-000002")
+    back = train_alone(path, *EVERY, *KINDS["adamw"], resume=checkpoint, out="one-from-fsdp")
+    assert_learned_the_same(alone("adamw"), back, after=2)
+
+
+@pytest.mark.slow
+def test_bf16_is_computed_and_fp32_kept(workshop, together):
+    assert together["bf16 fsdp"][0]["step"] == 3, together["bf16 fsdp"]
+    engine = json.loads((workshop / "bf16-fsdp/engine.json").read_text())
+    assert engine["dtypes"] == ["torch.float32"]
+    rows, others = (read_metrics(workshop / f"bf16-{engine}/metrics.jsonl") for engine in ("ddp", "fsdp"))
+    for row, other in zip(rows, others, strict=True):
+        assert other["loss"] == pytest.approx(row["loss"], rel=5e-3)
+        assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=5e-2)
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_ends_both_with_the_samples(together):
+    first, second = together["not finite"]
+    assert first == second
+    assert "no weight was changed" in first["message"]
+
+
+@pytest.mark.slow
+def test_four_processes_keep_weights_in_pairs(workshop, alone, together):
+    path = str(workshop / "recipe.yaml")
+    pairs = Job(path, [*EVERY, FSDP, *KINDS["full"], "run.fsdp.reshard=2", "out=pairs"])
+    more = [*EVERY, FSDP, *KINDS["adamw"], "out=four"]
+    four = Job(path, more, resume="adamw/checkpoints/step-000002")
+    said = run_together([pairs, four], workshop, processes=4)
+    assert [[one.get("step") for one in job] for job in said] == [[3] * 4] * 2, said
+    assert_learned_the_same(alone("full"), workshop / "pairs")
+    assert_learned_the_same(alone("adamw"), workshop / "four", after=2)
+
+
+@pytest.mark.slow
+def test_an_error_in_a_layer_of_one_ends_both(workshop, together):
+    """The other one waits for its weights at the time, in the same layer."""
+    job = Job(
+        str(workshop / "recipe.yaml"), [*EVERY, FSDP, "train.epochs=20", "out=failed"], after=2, fail="a layer broke"
+    )
+    with pytest.raises(AssertionError, match="RuntimeError: a layer broke"):
+        run_together([job], workshop)
+    assert time.time() - (workshop / "failed/metrics.jsonl").stat().st_mtime < 60
+    (other,) = json.loads((workshop / "jobs.json.1").read_text())
+    assert other["error"] == "EndedElsewhere"
+    assert other["message"] == "process 1 of 2 ends, because process 0 did: RuntimeError: a layer broke"
+    saved = sorted(p.name for p in (workshop / "failed/checkpoints").iterdir())
+    assert "step-000002" in saved
