@@ -312,8 +312,14 @@ class _Work(Dataset[Any]):
             return pack(examples, tiles) if examples else None
         layout = self.encoders[0].layout
         assert layout is not None
-        size = layout.tile_height, layout.tile_width
-        return fill_rows(examples, tiles, shape, tile_size=size, tokens_per_picture=layout.tokens_per_tile)
+        return fill_rows(
+            examples,
+            tiles,
+            shape,
+            tile_size=(layout.tile_height, layout.tile_width),
+            tokens_per_picture=layout.tokens_per_tile,
+            padding_token=1 if self.encoders[0].image_token_id == 0 else 0,
+        )
 
     def _read(self, i: int) -> tuple[Example, list[torch.Tensor]]:
         example, root = self.corpus.example(i, self.encoders), self.corpus.root(i)

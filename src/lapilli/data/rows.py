@@ -21,18 +21,19 @@ def fill_rows(
     *,
     tile_size: tuple[int, int],
     tokens_per_picture: int,
+    padding_token: int = 0,
 ) -> Batch:
     """Lay each Example into a row of its own; the rest of the row, other rows, and other pictures are padding.
 
     `tiles` holds one uint8 tensor (1, 3, H, W) per image slot, in order of Examples and their slots; `tile_size` is
-    (H, W), and every picture has `tokens_per_picture` places in the text. Padding has token 0, position 0 and no label;
-    a picture of padding is black, and its features go nowhere. No Example gives a Batch that is padding throughout, of
-    weight 0. Raises ValueError for what does not fit the shape.
+    (H, W), and every picture has `tokens_per_picture` places in the text. Padding has `padding_token`, which is not the
+    image token, position 0 and no label; a picture of padding is black, and its features go nowhere. No Example gives a
+    Batch that is padding throughout, of weight 0. Raises ValueError for what does not fit the shape.
     """
     slots = [slot for example in examples for slot in example.images]
     if len(slots) != len(tiles):
         raise ValueError(f"{len(slots)} image slots and {len(tiles)} pictures")
-    input_ids = np.zeros((shape.rows, shape.length), dtype=np.int64)
+    input_ids = np.full((shape.rows, shape.length), padding_token, dtype=np.int64)
     labels = np.full((shape.rows, shape.length), IGNORE, dtype=np.int64)
     weights = np.zeros((shape.rows, shape.length), dtype=np.float32)
     positions = np.zeros((shape.rows, shape.length), dtype=np.int64)

@@ -10,7 +10,7 @@ Which kernel computes a segment may be chosen; the function is registered once f
 with a model and not with the process.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -41,12 +41,18 @@ _IRRELEVANT = frozenset(
 def register() -> None:
     """Make `PACKED` known to transformers, and its other kernels; calling it again changes nothing.
 
-    Compiled layers call it as it is: how many segments there are differs from batch to batch.
+    Compiled layers call it as it is: how many segments there are differs from batch to batch. Rows of one length are
+    compiled with their layer.
     """
+    segments = torch.compiler.disable(packed_attention)
     for kernel in get_args(Kernel):
-        AttentionInterface.register(
-            packed_name(kernel), partial(torch.compiler.disable(packed_attention), kernel=kernel)
-        )
+        AttentionInterface.register(packed_name(kernel), partial(_registered, segments=segments, kernel=kernel))
+
+
+def _registered(*args: Any, segments: Callable[..., Any], packed_rows: int | None = None, **kwargs: Any) -> Any:
+    if packed_rows is None:
+        return segments(*args, **kwargs)
+    return packed_attention(*args, packed_rows=packed_rows, **kwargs)
 
 
 def packed_name(kernel: Kernel) -> str:

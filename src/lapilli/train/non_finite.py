@@ -51,6 +51,7 @@ class Guard:
                 autocast=ready.device.autocast(ready.stage.run.precision),
                 where=where,
                 whole=whole,
+                cut=ready.device.cut_graph,
             )
         except NonFinite as error:
             ready.engine.clear(ready.optimizer)

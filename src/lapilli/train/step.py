@@ -6,7 +6,7 @@ depends on how the micro-batches were dealt to processes.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 
@@ -84,10 +84,12 @@ def accumulate(
     device: torch.device,
     autocast: AbstractContextManager[None],
     whole: StepTotals | None = None,
+    cut: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """Add the step's gradients to the parameters; return each micro-batch's part of the loss, which sum to the loss.
 
-    `whole` is the step on all processes, if these are not all of its micro-batches.
+    `whole` is the step on all processes, if these are not all of its micro-batches; `cut` is called after each backward
+    pass, for devices that collect what they are to compute.
     """
     weights = loss_weights([b.weight for b in batches], reduction, whole)
     losses: list[torch.Tensor] = []
@@ -97,6 +99,7 @@ def accumulate(
         loss = total * (weights[number] if number < len(weights) else 0.0)
         if loss.requires_grad:
             engine.backward(loss)
+        cut()
         if number < len(batches):
             losses.append(loss.detach())
     return torch.stack(losses).tolist() if losses else []
@@ -112,18 +115,21 @@ def train_step(
     autocast: AbstractContextManager[None],
     where: str = "this step",
     whole: StepTotals | None = None,
+    cut: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Learn from one step's micro-batches; `where` names the step in errors, `whole` is the step on all processes.
 
+    `cut` is called after each backward pass and after the optimiser's step.
     Raises NonFinite, on all processes and before any weight is changed, if loss or gradient is not finite; the message
     names the samples.
     """
     whole = StepTotals.of(batches) if whole is None else whole
     engine.clear(optimizer)
     with engine.passing():
-        losses = accumulate(engine, batches, train.loss_reduction, device, autocast, whole)
+        losses = accumulate(engine, batches, train.loss_reduction, device, autocast, whole, cut)
     loss = _finite_sum(engine.world, losses, batches, where)
     grad_norm = engine.update(optimizer, train.max_grad_norm)
+    cut()
     if not math.isfinite(grad_norm):
         ids = [i for ids in engine.world.exchange([i for b in batches for i in b.ids]) for i in ids]
         raise NonFinite(where, f"the gradient norm is {grad_norm}", ids)

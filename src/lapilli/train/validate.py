@@ -28,6 +28,7 @@ def validation_loss(ready: Prepared) -> float:
             for batch, pictures in passes:
                 with ready.device.autocast(ready.stage.run.precision):
                     loss = engine.module(batch.to(ready.device.device), pictures)
+                ready.device.cut_graph()
                 total += float(loss)
                 count += batch.weight
     training_mode(model)
