@@ -33,6 +33,9 @@ def serve(
     images: Annotated[int, typer.Option(min=1, help="Pictures in one request.")] = 16,
     image_bytes: Annotated[int, typer.Option(min=1, help="Largest picture, as a file.")] = 20_000_000,
     image_pixels: Annotated[int, typer.Option(min=1, help="Largest picture, width times height.")] = 50_000_000,
+    allow_image_urls: Annotated[
+        bool, typer.Option("--allow-image-urls", help="Fetch pictures given by their address on the public network.")
+    ] = False,
     body_bytes: Annotated[int, typer.Option(min=1, help="Largest request.")] = 32 << 20,
     request_seconds: Annotated[float, typer.Option(min=0.1, help="Longest time for one request.")] = 600.0,
     drain_seconds: Annotated[float, typer.Option(min=1, help="Time for answers to end when asked to stop.")] = 60.0,
@@ -65,13 +68,15 @@ def serve(
     import torch
 
     from lapilli.serve.models import name_models, open_models
+    from lapilli.serve.remote import RemotePictures
 
     named = name_models(models)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("lapilli").setLevel(logging.INFO)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    opened = open_models(named, limits, base=base, device=device, template=template)
+    remote = RemotePictures(image_bytes) if allow_image_urls else None
+    opened = open_models(named, limits, base=base, device=device, template=template, remote=remote)
     serving.serve(opened, keys, limits, bound, lambda url: typer.echo(f"{', '.join(opened)} at {url}", err=True))
 
 

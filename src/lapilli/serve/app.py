@@ -25,12 +25,15 @@ from lapilli.serve.worker import Event, Wanted
 
 _READERS = 4
 """Requests whose pictures are decoded at a time."""
+_FETCHERS = 8
+"""Requests whose pictures are fetched at a time."""
 
 
 def make_app(models: Mapping[str, Served], keys: Keys, limits: Limits) -> Guard:
     """The API as an ASGI application; the models' threads run while it does."""
     metrics = Metrics()
     readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reader")
+    fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetcher")
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -46,7 +49,8 @@ def make_app(models: Mapping[str, Served], keys: Keys, limits: Limits) -> Guard:
         finally:
             for model in models.values():
                 await asyncio.to_thread(model.worker.stop)
-            readers.shutdown(wait=False, cancel_futures=True)
+            for pool in (readers, fetchers):
+                pool.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(title="lapilli", version=VERSION, lifespan=life, docs_url=None, redoc_url=None)
     for error in (ApiError, RequestValidationError, HTTPException, Exception):
@@ -54,7 +58,7 @@ def make_app(models: Mapping[str, Served], keys: Keys, limits: Limits) -> Guard:
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        return await complete(find(models, body.model), body, request, readers, metrics)
+        return await complete(find(models, body.model), body, request, readers, fetchers, metrics)
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:

@@ -121,13 +121,19 @@ class Pending:
         self._events.put_nowait(None)
 
 
-async def complete(model: Served, body: ChatRequest, request: Request, readers: Executor, metrics: Metrics) -> Response:
-    """Answer a chat request. Raises ApiError for one that can't be answered."""
+async def complete(
+    model: Served, body: ChatRequest, request: Request, readers: Executor, fetchers: Executor, metrics: Metrics
+) -> Response:
+    """Answer a chat request. Raises ApiError for one that can't be answered.
+
+    Requests are read in `readers`; those whose pictures have to be fetched, which may be slow, in `fetchers`.
+    """
     pending = Pending(model, body.n or 1, request.scope["state"]["begun"], metrics)
     streams = False
     try:
         decodings = model.reader.decodings(body)
-        prompt = await asyncio.get_running_loop().run_in_executor(readers, model.reader.read, body)
+        place = fetchers if model.reader.fetches(body) else readers
+        prompt = await asyncio.get_running_loop().run_in_executor(place, model.reader.read, body)
         reply = Reply(model.name, model.vocabulary, prompt.length)
         pending.ask(prompt, decodings, request)
         if body.stream:

@@ -15,6 +15,7 @@ from lapilli.generate.processor import Processor
 from lapilli.generate.text import Vocabulary
 from lapilli.serve.reading import Reader, image_limits
 from lapilli.serve.refusal import ApiError
+from lapilli.serve.remote import RemotePictures
 from lapilli.serve.settings import Limits
 from lapilli.serve.worker import Worker
 
@@ -100,24 +101,28 @@ def open_models(
     base: str | None = None,
     device: str = "cpu",
     template: str | None = None,
+    remote: RemotePictures | None = None,
 ) -> dict[str, Served]:
-    """Load every model. Raises ModelError naming what is wrong with a folder."""
+    """Load every model; with `remote`, pictures may be given by their address.
+
+    Raises ModelError naming what is wrong with a folder.
+    """
     made: dict[str, Served] = {}
     for name, path in named.items():
         begun = time.monotonic()
-        made[name] = served(name, load(path, base, device=device, template=template), limits)
+        made[name] = served(name, load(path, base, device=device, template=template), limits, remote)
         log.info("%s: %s on %s, loaded in %.1f s", name, path, device, time.monotonic() - begun)
     return made
 
 
-def served(name: str, assistant: Assistant, limits: Limits) -> Served:
+def served(name: str, assistant: Assistant, limits: Limits, remote: RemotePictures | None = None) -> Served:
     """A loaded model, ready to be served."""
     processor = Processor(assistant, image_limits(limits))
     engine = Engine(assistant, processor)
     return Served(
         name,
         Worker(name, engine, limits.slots),
-        Reader(engine, processor, limits),
+        Reader(engine, processor, limits, remote),
         Vocabulary(assistant.tokenizer),
         limits,
     )

@@ -1,6 +1,7 @@
 """From a checked request to what the engine takes: a prompt with its pictures, and one Decoding per answer.
 
-Pictures come inside the request, as data URLs. No address is fetched and no path is opened for a request.
+Pictures come inside the request, as data URLs, or by their address where the operator allows it. No path is ever opened
+for a request.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from lapilli.generate.decoding import Decoding
 from lapilli.generate.engine import Engine
 from lapilli.generate.processor import Prepared, Processor, Prompt
 from lapilli.serve.refusal import ApiError, invalid
+from lapilli.serve.remote import RemotePictures
 from lapilli.serve.request import ChatRequest, ImagePart, TextPart
 from lapilli.serve.settings import Limits
 
@@ -28,10 +30,15 @@ _LEAST_TOP_P = 1e-9
 
 
 class Reader:
-    """Reads requests for one model; safe to use from several threads. `processor` opens pictures within its limits."""
+    """Reads requests for one model; safe to use from several threads. `processor` opens pictures within its limits.
 
-    def __init__(self, engine: Engine, processor: Processor, limits: Limits) -> None:
-        self._engine, self._processor, self._limits = engine, processor, limits
+    Without `remote`, pictures are not fetched from addresses.
+    """
+
+    def __init__(
+        self, engine: Engine, processor: Processor, limits: Limits, remote: RemotePictures | None = None
+    ) -> None:
+        self._engine, self._processor, self._limits, self._remote = engine, processor, limits, remote
         self._tokenizer = Lock()
 
     def read(self, request: ChatRequest) -> Prompt:
@@ -39,7 +46,8 @@ class Reader:
         chat, urls = _conversation(request)
         if len(urls) > self._limits.images:
             raise invalid(f"{len(urls)} pictures; this server takes {self._limits.images} in a request", "messages")
-        files = [_picture_bytes(url, where, self._limits.image_bytes) for where, url in urls]
+        until = self._remote.until() if self._remote else 0.0
+        files = [self._file(url, where, until) for where, url in urls]
         pictures: list[Prepared] = []
         for data, (where, _) in zip(files, urls, strict=True):
             try:
@@ -56,6 +64,15 @@ class Reader:
         except ModelError as error:
             raise invalid(str(error), "messages", "context_length_exceeded") from error
         return prompt
+
+    def fetches(self, request: ChatRequest) -> bool:
+        """Whether pictures of the request have to be fetched, which may take a while."""
+        return self._remote is not None and any(_is_address(url) for _, url in _conversation(request)[1])
+
+    def _file(self, url: str, where: str, until: float) -> bytes:
+        if self._remote is not None and _is_address(url):
+            return self._remote.fetch(url, where, until)
+        return _picture_bytes(url, where, self._limits.image_bytes)
 
     def decodings(self, request: ChatRequest) -> list[Decoding]:
         """One for each of the `n` answers; answer i draws with seed + i. Raises ApiError for values out of bounds."""
@@ -113,6 +130,10 @@ def _conversation(request: ChatRequest) -> tuple[list[dict[str, Any]], list[tupl
             raise invalid(f"{where}: no parts in it", where)
         chat.append({"role": role, "content": made})
     return chat, urls
+
+
+def _is_address(url: str) -> bool:
+    return url[:8].lower().startswith(("http://", "https://"))
 
 
 def _picture_bytes(url: str, where: str, most: int) -> bytes:
