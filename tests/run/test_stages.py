@@ -1,7 +1,9 @@
 """Several stages as one piece of work: handed over, checked beforehand, carried on where they stopped."""
 
+import io
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,31 @@ def test_stages_hand_over_and_are_not_repeated(recipe, tmp_path, monkeypatch):
     )
     run(recipe, "stages.tune.out=elsewhere")
     assert trained == ["tune"]
+
+
+class _Signals(io.StringIO):
+    """A stream that sends this process SIGTERM when a stage's last step is shown."""
+
+    def write(self, text):
+        if "step 2/2" in text:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().write(text)
+
+
+def test_a_wish_in_the_last_step_of_a_stage_is_one_not_to_begin_the_next(recipe, tmp_path):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        said: list[str] = []
+        outcome = run_recipe(load_recipe(recipe), stream=_Signals(), say=said.append)
+        assert (outcome.step, outcome.total_steps, outcome.stopped_by) == (2, 2, "SIGTERM")
+        assert said[-1].startswith("stopped by SIGTERM before the next stage")
+        assert (tmp_path / "runs/align/model").exists()
+        assert not (tmp_path / "runs/tune").exists()
+        outcome = run_recipe(load_recipe(recipe), stream=_Signals())
+        assert (outcome.step, outcome.total_steps, outcome.stopped_by) == (2, 2, None), "it is done"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_bad_data_of_a_later_stage_is_told_before_the_first_one_trains(recipe, tmp_path):

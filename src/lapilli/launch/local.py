@@ -7,6 +7,7 @@ and starts all of them again, `restarts` times; the run goes on from its newest 
 
 import signal
 from collections.abc import Sequence
+from dataclasses import fields
 
 from lapilli.base.errors import RecipeError, RunError
 from lapilli.launch.command import SAVE_SECONDS, SIGNALS, train_words
@@ -42,12 +43,20 @@ def default_processes() -> int:
 def start(words: Sequence[str]) -> str | None:
     """Run torchrun in this process; return the name of the signal that stopped it, None for a run that is done.
 
-    Raises RunError if a process failed and there are no restarts left.
+    Raises RunError if a process failed and there are no restarts left, and for a torch whose torchrun would not wait
+    until the run is saved.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig
     from torch.distributed.run import main
 
+    absent = {"signals_to_handle", "shutdown_timeout"} - {field.name for field in fields(LaunchConfig)}
+    if absent:
+        raise RunError(
+            f"the torchrun of this torch can't be told {', '.join(sorted(absent))}, and would kill a run that is being "
+            "saved; install a newer torch (2.13 can), or start torchrun yourself"
+        )
     try:
         main(list(words))
     except SignalException as stopped:

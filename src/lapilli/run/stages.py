@@ -8,6 +8,7 @@ recipe of several stages wherever it was stopped.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TextIO
 
 from lapilli.assemble.skeleton import skeleton
@@ -74,7 +75,10 @@ def _run_stages(
             world=world,
         )
         if outcome.stopped_by:
-            break
+            nothing_left = stage is waiting[-1] and outcome.step == outcome.total_steps
+            if outcome.step == outcome.total_steps and not nothing_left:
+                say(f"stopped by {outcome.stopped_by} before the next stage; the same command goes on with it")
+            return replace(outcome, stopped_by=None) if nothing_left else outcome
     return outcome
 
 

@@ -35,7 +35,8 @@ from lapilli.train.tensors import Saved
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage ended: `stopped_by` names the signal if it was asked to stop before its last step."""
+    """How a stage ended. `stopped_by` names the signal if it was asked to stop: before its last step, or too late for
+    that, so that it is for the next stage."""
 
     step: int
     total_steps: int
@@ -98,7 +99,7 @@ def _train(
         except ProcessLost:
             raise
         except LapilliError:
-            if ready.engine.intact:
+            if not world.severed:
                 _save_what_is_done(loop, say)
             raise
     if checkpoints.saved:
@@ -117,7 +118,8 @@ def _train(
     with world.together():
         world.from_first(finish)
     say(f"done: {ready.folder.model}")
-    return Outcome(loop.done, ready.total_steps)
+    asked = [name for name in world.exchange(wish.signal) if name is not None]
+    return Outcome(loop.done, ready.total_steps, asked[0] if asked else None)
 
 
 def _checkpoints(ready: Prepared, average: Average | None) -> Checkpoints:
