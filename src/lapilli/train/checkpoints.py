@@ -112,9 +112,12 @@ class Checkpoints:
         """Whether `keep_best` asks for a checkpoint of a step with this loss, as far as the others' are known."""
         if not (self.keep_best and math.isfinite(validation_loss)):
             return False
+        began = time.perf_counter()
         with self.world.together():
             self.wait()
-            return bool(self.world.from_first(lambda: self._would_keep(validation_loss)))
+            kept = bool(self.world.from_first(lambda: self._would_keep(validation_loss)))
+        self.waited_seconds += time.perf_counter() - began
+        return kept
 
     def _would_keep(self, validation_loss: float) -> bool:
         best = _best(complete_checkpoints(self.place), self.keep_best)

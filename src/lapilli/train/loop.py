@@ -55,6 +55,7 @@ class Loop:
         self.world = ready.engine.world
         self.monitor = Monitor(ready.total_steps)
         self.saved = done
+        self.waited = 0.0
         self.validated: float | None = None
         """The validation loss after the last step, if that was computed."""
 
@@ -72,7 +73,7 @@ class Loop:
                         progress.write(f"left out: {one.reason}")
                     if self.world.first:
                         list_left_out(ready)
-                row = self._step(step, whole, positions, began, progress.write)
+                row = self._step(step, whole, positions, began, progress.write) | self._saving()
                 for line in audit.lines():
                     progress.write(line)
                 self.done, self.validated = row["step"], None
@@ -176,6 +177,11 @@ class Loop:
         bad = () if ready.loader.quarantine is None else tuple(ready.loader.quarantine.found.values())
         self.checkpoints.save(State(self.done, self.facts, bad, tuple(self.guard.skipped), self.validated))
         self.saved = self.done
+
+    def _saving(self) -> dict[str, float]:
+        """How long training stood still for a checkpoint since the row before, if it did."""
+        since, self.waited = self.checkpoints.waited_seconds - self.waited, self.checkpoints.waited_seconds
+        return {"save_seconds": round(since, 6)} if since else {}
 
     def _among_the_best(self) -> bool:
         """Whether the step just done is one that `train.keep_best` keeps, as far as losses are known."""
