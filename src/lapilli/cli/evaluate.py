@@ -70,8 +70,9 @@ def evaluate(
     import torch
 
     from lapilli.evaluate.origin import describe_model
-    from lapilli.evaluate.run import Settings, Stopped
+    from lapilli.evaluate.run import Settings
     from lapilli.evaluate.run import evaluate as run
+    from lapilli.evaluate.stopped import Stopped
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -91,8 +91,8 @@ def finish(
         notes=tuple(notes),
     )
     if folder is not None:
-        made = with_earlier(made, job.task, folder)
-        write_json(folder / TASK, job.task.model_dump(mode="json"))
+        made, task = with_earlier(made, job.task, folder)
+        write_json(folder / TASK, task.model_dump(mode="json"))
         write_results(folder, made)
     return made
 

@@ -1,6 +1,9 @@
 """A judge as a task's scorer: asked behind the answers, once, kept, gone on with, and its numbers like any others."""
 
 import json
+import os
+import signal
+from dataclasses import replace
 
 import pytest
 from tests.evaluate.conftest import SAYS
@@ -14,6 +17,7 @@ from lapilli.evaluate.compare import compare
 from lapilli.evaluate.job import open_job
 from lapilli.evaluate.report.write import write_report
 from lapilli.evaluate.run import evaluate, score
+from lapilli.evaluate.stopped import Stopped
 
 MODEL = {"name": "parrot", "path": "x", "fingerprint": "1"}
 
@@ -71,6 +75,25 @@ def test_a_judge_that_fails_leaves_the_answers_and_the_same_command_goes_on(fold
         (made,) = evaluate([job], tmp_path / "out", MODEL, lambda: pytest.fail("everything is answered"))
         assert len(server.asked) == 13
     assert made.protocols["llava"].values == {"score": pytest.approx(100 * 8 / 12)}
+
+
+def test_a_wish_to_stop_ends_the_judging_and_the_same_command_goes_on(folder, parrot, tmp_path):
+    def stops(body, number):
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return replace(grades(body, number), delay=0.1 if number == 3 else 0)
+
+    with judging(stops) as server:
+        job = judged(folder, server, concurrency=1)
+        with pytest.raises(Stopped, match="stopped by SIGTERM; the same command goes on with the judge"):
+            evaluate([job], tmp_path / "out", MODEL, lambda: parrot)
+        assert 4 <= len(server.asked) < 12
+        (made,) = evaluate([job], tmp_path / "out", MODEL, lambda: pytest.fail("everything is answered"))
+        assert len(server.asked) == 12
+    without = folder.job(scorer=None, options={"groups": ["kind"]})
+    (again,) = evaluate([without], tmp_path / "out", MODEL, lambda: pytest.fail("everything is answered"))
+    assert again == made  # a command without a judge leaves what the judge found
+    assert json.loads((tmp_path / "out" / "mine" / "task.json").read_text())["scorer"] == "judge"
 
 
 def test_relative_scores_of_two_models_are_compared_and_reported_with_the_replies(folder, tmp_path):
