@@ -1,11 +1,14 @@
 """Batches of fixed shapes teach what packed ones teach, and a device that compiles sees no more shapes than those."""
 
+import os
 from collections import defaultdict
 from contextlib import nullcontext
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.train.conftest import IMAGE_TOKEN, LAYOUT, VOCABULARY
 from transformers import AutoModelForCausalLM as Causal
 from transformers import (
@@ -16,13 +19,17 @@ from transformers import (
     LlamaConfig,
 )
 
+from lapilli.base.errors import RecipeError
 from lapilli.data.buckets import choose_shapes, plan_shapes
 from lapilli.data.rows import fill_rows
 from lapilli.model.config import LapilliConfig
 from lapilli.model.language import probe_language
 from lapilli.model.vlm import VisionLanguageModel
+from lapilli.recipe.load import load_recipe
 from lapilli.train.loss import LossModule
+from lapilli.train.metrics import read_metrics
 from lapilli.train.parallel.single import Single
+from lapilli.train.run import train_stage
 from lapilli.train.step import accumulate
 
 CPU = torch.device("cpu")
@@ -141,3 +148,53 @@ def test_every_part_sees_no_more_shapes_than_there_are(tiny_step, image_spec, na
         module(batch).backward()
     assert len(shapes) == 3
     assert {n: len(seen) for n, seen in shapes_seen.seen.items() if len(seen) > 3} == {}
+
+
+def run(path, *overrides):
+    loaded = load_recipe(path, list(overrides))
+    (stage,) = loaded.recipe.stages
+    said: list[str] = []
+    with open(os.devnull, "w") as stream:
+        train_stage(stage, loaded.stage_origins(stage.name), say=said.append, stream=stream)
+    folder = Path(str(stage.out))
+    return read_metrics(folder / "metrics.jsonl"), load_file(folder / "model/model.safetensors"), "\n".join(said)
+
+
+@pytest.mark.slow
+def test_a_run_in_fixed_shapes_learns_what_a_packed_one_does(recipe_file, monkeypatch):
+    path = recipe_file("")
+    given = ("data.validation=held-out.json", "train.optimizer=sgd", "train.validate_every=2", "train.max_steps=4")
+    packed, weights, said = run(path, *given)
+    assert "fixed shapes" not in said
+    seen = set()
+    forward = LossModule.forward
+
+    def noting(self, batch, *more):
+        places = batch.places
+        pictures = tuple(len(pixels.tiles) for pixels in batch.images.values())
+        seen.add((len(batch.input_ids), places.rows, len(places.targets), len(places.features), pictures))
+        return forward(self, batch, *more)
+
+    monkeypatch.setattr(LossModule, "forward", noting)
+    fixed, others, said = run(path, *given, "run.static_shapes=2", "out=fixed", "train.tokens_per_micro_batch=1024")
+    assert "batches of 2 fixed shapes, rows x tokens: " in said
+    assert len(seen) == 2
+    for one, other in zip(packed, fixed, strict=True):
+        assert one.keys() == other.keys()
+        for key in {"loss", "grad_norm", "validation_loss"} & one.keys():
+            assert other[key] == pytest.approx(one[key], rel=1e-5), key
+        assert {k: other[k] for k in ("tokens", "supervised_tokens", "samples")} == {
+            k: one[k] for k in ("tokens", "supervised_tokens", "samples")
+        }
+        assert one["padding"] == 0 < other["padding"] < 1
+    for name, weight in weights.items():
+        assert torch.allclose(others[name], weight, rtol=1e-5, atol=1e-6), name
+
+
+def test_shapes_that_can_not_be_are_refused(recipe_file):
+    path = recipe_file("")
+    mean = ("train.loss_reduction=microbatch_mean", "train.micro_batch_size=2")
+    with pytest.raises(RecipeError, match=r"run.static_shapes \(2 on cpu\) and .* exclude each other"):
+        run(path, "run.static_shapes=2", *mean)
+    with pytest.raises(RecipeError, match="more than tokens_per_micro_batch 300"):
+        run(path, "run.static_shapes=2", "train.tokens_per_micro_batch=300")

@@ -7,6 +7,7 @@ from lapilli.train.device import hpu
 from lapilli.train.device.cpu import Cpu
 from lapilli.train.device.cuda import Cuda
 from lapilli.train.device.hpu import Hpu
+from lapilli.train.device.hpu_mode import settle_mode
 
 Device = Cpu | Cuda | Hpu
 
@@ -19,6 +20,7 @@ def choose_device(name: str, local_rank: int = 0, hpu_mode: str = "eager") -> De
 
     Raises RunError for a device that is not there.
     """
+    settle_mode(name, hpu_mode)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "hpu" if hpu.is_there() else "cpu"
     if name == "hpu":

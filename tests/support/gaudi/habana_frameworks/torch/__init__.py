@@ -1,0 +1,1 @@
+"""Where PyTorch learns of the device."""
