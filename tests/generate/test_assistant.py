@@ -4,7 +4,9 @@ import sys
 import pytest
 
 import lapilli
+from lapilli.assemble.quantise import quantise
 from lapilli.base.errors import ModelError
+from lapilli.model.held import held_as
 
 
 def test_load_gives_an_assistant(tiny, models):
@@ -32,6 +34,23 @@ def test_forms_of_the_same_conversation_give_the_same_answer(tiny, picture):
     ):
         assert tiny.generate(*form, max_new_tokens=6) == expected
     assert tiny.generate("What is it?", max_new_tokens=6) != expected
+
+
+@pytest.mark.parametrize(("held", "bits"), [("int8", 8), ("nf4", 4)])
+def test_held_in_fewer_bits_it_answers_as_the_folder_that_quantise_writes(tiny, models, tmp_path, picture, held, bits):
+    pytest.importorskip("bitsandbytes", reason="the extra `quantise` is not installed")
+    quantise(models / "tiny", tmp_path / "small", bits)
+    written = lapilli.load(tmp_path / "small")
+    model = lapilli.load(models / "tiny", quantise=held)
+    prompt = model.processor.prompt("What is it?", [picture])
+    ids = list(range(5, 15))
+    expected, made = (one.engine.score(prompt, [ids])[0] for one in (written, model))
+    # The folder's int8 layers also round what goes into them.
+    assert made == pytest.approx(expected, abs=3e-3)
+    assert held in {held_as(p) for p in model.model.language_model.parameters()}
+    assert held_as(model.model.vision_encoder.embeddings.patch_embedding.weight) == "fp32"
+    with pytest.raises(ModelError, match="quantised already"):
+        lapilli.load(tmp_path / "small", quantise=held)
 
 
 def test_importing_the_package_is_instant():

@@ -1,4 +1,4 @@
-"""A model to train adapters on, whose language model's linear layers are held in 4 or 8 bits from the start.
+"""A model to train adapters on, or to ask, whose language model's linear layers are held in 4 or 8 bits from the start.
 
 Each weight is read, quantised and let go before the next one: the whole model is never in memory. All else (encoder,
 projector, the table of words, norms, output layer) comes as it is.
@@ -27,28 +27,39 @@ from lapilli.model.quiet import quiet
 from lapilli.model.vlm import VisionLanguageModel
 
 
-def load_quantised(path: Path | str, held: Held, computed: torch.dtype, device: torch.device) -> Loaded:
+def load_quantised(
+    path: Path | str,
+    held: Held,
+    computed: torch.dtype,
+    device: torch.device,
+    *,
+    base: Path | str | None = None,
+    template: str | None = None,
+    rest: torch.dtype = torch.float32,
+) -> Loaded:
     """Load a model folder in full precision with its language model's linear layers held as `held`.
 
     These compute in `computed` and are made on `device`, as quantising is slow on CPUs; the rest of the language model
-    is in `computed`, encoder and projector in float32, all of that on the CPU. Raises ModelError as `load` does, and
-    for a model without plain linear layers.
+    is in `computed`, encoder and projector in `rest`, all of that on the CPU. `base` and `template` are those of
+    `load`, adapters are merged before. Raises ModelError as `load` does, and for a model without plain linear layers.
     """
     folder = model_folder(path)
-    opened = open_model(folder, merged_as=torch.float32)
+    opened = open_model(folder, base, template=template, merged_as=torch.float32)
     with quiet():
-        model = _materialise(opened, held, computed, device)
+        model = _materialise(opened, held, computed, rest, device)
     loaded = Loaded(model, opened.tokenizer, opened.spec, folder)
     check_room(loaded)
     return loaded
 
 
-def _materialise(opened: OpenModel, held: Held, computed: torch.dtype, device: torch.device) -> VisionLanguageModel:
+def _materialise(
+    opened: OpenModel, held: Held, computed: torch.dtype, rest: torch.dtype, device: torch.device
+) -> VisionLanguageModel:
     chosen = {name: opened.tensors[name] for name in sorted(linear_weights(opened))}
     if not chosen:
         raise ModelError(f"{opened.folder}: its language model has no linear layer to quantise")
     hollow = {name: _hollow(tensor, computed) for name, tensor in chosen.items()}
-    model = materialise(replace(opened, tensors=opened.tensors | hollow), torch.float32, computed)
+    model = materialise(replace(opened, tensors=opened.tensors | hollow), rest, computed)
     language: Any = model.language_model
     place_of = Names(empty_model(AutoModelForCausalLM, opened.config.text_config, opened.folder))
     for name, tensor in chosen.items():

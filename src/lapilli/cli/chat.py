@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lapilli.base.errors import DataError, LapilliError, nearest
+from lapilli.cli.held import held
 
 if TYPE_CHECKING:
     from lapilli.generate.decoding import Answer
@@ -43,8 +44,13 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
     seed: Annotated[int | None, typer.Option(help="Makes draws repeatable.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one.")] = "auto",
+    load_8bit: Annotated[
+        bool, typer.Option("--load-8bit", help="Hold the language model's layers in 8 bits (bitsandbytes).")
+    ] = False,
+    load_4bit: Annotated[bool, typer.Option("--load-4bit", help="Hold them in 4 bits, NF4.")] = False,
 ) -> None:
     """Talk with a model about pictures. Without --message, a conversation; /help lists its commands."""
+    bits = held(load_8bit, load_4bit)
     missing = next((file for file in image or [] if not Path(file).is_file()), None)
     if missing is not None:  # said before the wait for torch and the model
         raise DataError(f"{missing}: no such file")
@@ -58,7 +64,7 @@ def chat(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     decoding = Decoding(max_new_tokens, temperature, top_p, seed=seed)
-    assistant = load(model, base, device=device, template=template)
+    assistant = load(model, base, device=device, template=template, quantise=bits)
     session = Session(assistant, system, decoding)
     for file in image or []:
         session.add_image(file)

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from lapilli.base.errors import RunError
+from lapilli.cli.held import held
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -27,6 +28,10 @@ def serve(
     base: Annotated[str | None, typer.Option(help="Model that adapters were trained on.", metavar="DIR")] = None,
     template: Annotated[str | None, typer.Option(help="Conversation template instead of the models' own.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one.")] = "auto",
+    load_8bit: Annotated[
+        bool, typer.Option("--load-8bit", help="Hold the language model's layers in 8 bits (bitsandbytes).")
+    ] = False,
+    load_4bit: Annotated[bool, typer.Option("--load-4bit", help="Hold them in 4 bits, NF4.")] = False,
     slots: Annotated[int, typer.Option(min=1, help="Answers of one model that grow at a time.")] = 16,
     queue: Annotated[int, typer.Option(min=1, help="Answers of one model that may wait; beyond them 429.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for.")] = 2048,
@@ -46,6 +51,7 @@ def serve(
     """Serve models over HTTP as OpenAI's API: /v1/chat/completions, /v1/models, /health, /metrics."""
     from lapilli.serve.settings import Limits, check_address, read_keys
 
+    bits = held(load_8bit, load_4bit)
     keys = read_keys(api_key_file)
     check_address(host, keys)
     limits = Limits(
@@ -76,7 +82,8 @@ def serve(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     remote = RemotePictures(image_bytes) if allow_image_urls else None
-    opened = open_models(named, limits, base=base, device=device, template=template, remote=remote)
+    how: dict[str, Any] = {"base": base, "device": device, "template": template, "quantise": bits}
+    opened = open_models(named, limits, remote=remote, **how)
     serving.serve(opened, keys, limits, bound, lambda url: typer.echo(f"{', '.join(opened)} at {url}", err=True))
 
 

@@ -8,17 +8,21 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lapilli.assemble import load as assemble
 from lapilli.assemble.load import Loaded
+from lapilli.assemble.opening.quantised import is_quantised
+from lapilli.assemble.qlora import load_quantised
+from lapilli.assemble.quantise import check_bitsandbytes
+from lapilli.assemble.source import model_folder
 from lapilli.base.errors import ModelError
 from lapilli.generate.conversation import Chat, Picture
 from lapilli.generate.decoding import Answer, Decoding
 from lapilli.generate.engine import Engine
 from lapilli.generate.processor import Processor
+from lapilli.model.quantised import Held
 
 log = logging.getLogger(__name__)
 
@@ -100,19 +104,39 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     template: str | None = None,
+    quantise: Held | None = None,
 ) -> Assistant:
     """Load any model folder, run folder, or adapter folder with its `base`.
 
-    `dtype` is float32 on CPU and bfloat16 elsewhere unless given; `template` replaces the folder's own. Raises
-    ModelError naming what is wrong with the folder, or a device that is not there.
+    `dtype` is float32 on CPU and bfloat16 elsewhere unless given; `template` replaces the folder's own. With `quantise`
+    the language model's linear layers are held in 4 (`nf4`) or 8 bits (`int8`) by bitsandbytes. Raises ModelError
+    naming what is wrong with the folder, or a device that is not there.
     """
     try:
         device = torch.device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # PyTorch built without CUDA asserts
         raise ModelError(f"device {device}: {str(error).splitlines()[0]}") from error
-    loaded: dict[str, Any] = vars(assemble.load(path, base, device=device, dtype=dtype, template=template))
-    return Assistant(**loaded)
+    if quantise is None:
+        return Assistant(**vars(assemble.load(path, base, device=device, dtype=dtype, template=template)))
+    return Assistant(**vars(_load_quantised(path, base, device, dtype, template, quantise)))
+
+
+def _load_quantised(
+    path: Path | str,
+    base: Path | str | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    template: str | None,
+    held: Held,
+) -> Loaded:
+    if is_quantised(model_folder(path)):
+        raise ModelError(f"{path}: its weights are quantised already; load it as it is")
+    check_bitsandbytes()
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    loaded = load_quantised(path, held, dtype, device, base=base, template=template, rest=dtype)
+    loaded.model.to(device).eval()  # type: ignore[arg-type]
+    return loaded
 
 
 def _say_if_full(answers: Sequence[Answer]) -> None:

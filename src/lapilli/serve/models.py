@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lapilli.base.errors import RunError, nearest
 from lapilli.generate.assistant import Assistant, load
@@ -98,19 +99,18 @@ def open_models(
     named: Mapping[str, str],
     limits: Limits,
     *,
-    base: str | None = None,
     device: str = "cpu",
-    template: str | None = None,
     remote: RemotePictures | None = None,
+    **how: Any,
 ) -> dict[str, Served]:
-    """Load every model; with `remote`, pictures may be given by their address.
+    """Load every model, `how` as `lapilli.load` takes it; with `remote`, pictures may be given by their address.
 
     Raises ModelError naming what is wrong with a folder.
     """
     made: dict[str, Served] = {}
     for name, path in named.items():
         begun = time.monotonic()
-        made[name] = served(name, load(path, base, device=device, template=template), limits, remote)
+        made[name] = served(name, load(path, device=device, **how), limits, remote)
         log.info("%s: %s on %s, loaded in %.1f s", name, path, device, time.monotonic() - begun)
     return made
 
