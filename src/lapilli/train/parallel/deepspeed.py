@@ -8,12 +8,13 @@ sent in bf16 beside split fp32 ones, which learn; checkpoints hold the fp32 ones
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -26,6 +27,7 @@ from lapilli.base.errors import RunError
 from lapilli.data.sample import Batch
 from lapilli.model.freeze import part_of
 from lapilli.recipe.schema import Run, Train
+from lapilli.train.device.choose import back_ends
 from lapilli.train.loss import LossModule
 from lapilli.train.optimizer import build_optimizer, parameter_groups
 from lapilli.train.parallel.deepspeed_json import DeepSpeedSettings, deepspeed_settings
@@ -33,9 +35,8 @@ from lapilli.train.parallel.lockstep import Lockstep
 from lapilli.train.parallel.world import World
 from lapilli.train.tensors import Saved
 
-_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "hpu": "cpu:gloo,hpu:hccl"}
-_EXPECTED = ("Setting accelerator to", "**** You are using ZeRO with an untested optimizer")
-"""Beginnings of DeepSpeed's warnings about what lapilli does on purpose."""
+_EXPECTED = ("Setting accelerator to", "ZeRO with an untested optimizer", "OVERFLOW! Skipping step")
+"""Words of DeepSpeed's warnings about what lapilli does on purpose, or says itself."""
 
 
 def check_deepspeed(train: Train, run: Run, processes: int, device: str) -> tuple[str, ...]:
@@ -247,15 +248,12 @@ class DeepSpeed(Lockstep):
             else:  # a counter, of which there is one for all
                 state[key] = value.to(flat.device) if optimizer.defaults.get("fused") else value
 
-    @contextmanager
-    def whole_model(self) -> Iterator[None]:
+    def whole_model(self) -> AbstractContextManager[None]:
         if not self.splits_weights:
-            yield
-            return
+            return nullcontext()
         from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 
-        with unwrap_model_for_generation(self.engine):
-            yield
+        return unwrap_model_for_generation(self.engine)
 
     def collect(self) -> None:
         whole: dict[int, nn.Parameter] = {}
@@ -334,6 +332,12 @@ def _initialise(
     import deepspeed
     from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
+    taken = deepspeed.get_accelerator().device_name()
+    if taken != device.type:  # transformers imports it to save a model
+        raise RunError(
+            f"run.engine: deepspeed: DeepSpeed was imported for {taken}, and this run is on {device.type}; start with "
+            f"DS_ACCELERATOR={device.type}"
+        )
     logging.getLogger("DeepSpeed").addFilter(_unexpected)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its collectives
     if device.type == "cpu":
@@ -348,7 +352,8 @@ def _initialise(
                 buffer.data = buffer.data.to(device)
         else:
             module.to(device)
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        with redirect_stdout(io.StringIO()):  # it prints its memory at every turn
+            engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     except (AssertionError, ValueError, TypeError, NotImplementedError, ImportError, ZeRORuntimeException) as error:
         raise RunError(f"run.engine: deepspeed: DeepSpeed {deepspeed.__version__} refuses: {error}") from error
     return engine
@@ -357,10 +362,13 @@ def _initialise(
 def _connect(device: torch.device) -> None:
     """Give DeepSpeed the variables and the process group that it looks for, where the launcher did not."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    # To DeepSpeed it is the number of the device, which a cluster that shows each process its own counts anew.
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    if device.type == "hpu":
+        os.environ.setdefault("DEEPSPEED_HPU_ZERO3_SYNC_MARK_STEP_REQUIRED", "1")
     if not dist.is_initialized():
-        dist.init_process_group(_BACKENDS[device.type], store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(back_ends(0), store=dist.HashStore(), rank=0, world_size=1)
 
 
 def _unexpected(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_EXPECTED)
+    return not any(words in record.getMessage() for words in _EXPECTED)

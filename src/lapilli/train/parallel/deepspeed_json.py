@@ -266,7 +266,7 @@ class _Translation:
         for key, why in _REFUSED_ZERO.items():
             if given.get(key) not in (None, False, 0, -1):
                 self._problem(f"{_ZERO}.{key}", f"is {given[key]}: {why}")
-        for key in given.keys() - _HANDED_ON_ZERO - _LEFT_OUT_ZERO.keys() - _REFUSED_ZERO.keys():
+        for key in sorted(given.keys() - _HANDED_ON_ZERO - _LEFT_OUT_ZERO.keys() - _REFUSED_ZERO.keys()):
             self._note(f"{_ZERO}.{key}", "not known to lapilli, handed to DeepSpeed as it is")
         self._offload(zero, "offload_optimizer", wanted.offload_optimizer)
         self._offload(zero, "offload_param", wanted.offload_parameters)
