@@ -4,13 +4,15 @@ import json
 import time
 
 import pytest
+import torch
 from tests.support.processes import Job, Watcher, run_together
 from tests.support.runs import assert_learned_the_same, make_workshop, train_alone
 
 from lapilli.base.errors import RunError
-from lapilli.recipe.schema import Fsdp, Run
+from lapilli.recipe.schema import Evaluation, Fsdp, Run, Stage, Train
 from lapilli.train.metrics import read_metrics
-from lapilli.train.parallel.fsdp import check_fsdp
+from lapilli.train.parallel.choose import check_engine
+from lapilli.train.parallel.fsdp import check_fsdp, unsplit
 from lapilli.train.parallel.world import ALONE, World
 
 EVERY = [
@@ -59,9 +61,32 @@ def alike(kind):
     [(1, True, "and one was started"), (4, 3, "part of 4"), (4, 4, "part of 4"), (4, 1, "part of 4")],
 )
 def test_what_this_number_of_processes_can_not_have_is_refused(size, reshard, message):
+    stage = Stage(run=Run(engine="fsdp", fsdp=Fsdp(reshard=reshard)))
     with pytest.raises(RunError, match=message):
-        check_fsdp(Run(engine="fsdp", fsdp=Fsdp(reshard=reshard)), World(size=size) if size > 1 else ALONE)
-    check_fsdp(Run(engine="fsdp", fsdp=Fsdp(reshard=2)), World(size=4))
+        check_fsdp(stage, World(size=size) if size > 1 else ALONE)
+
+
+def test_settings_that_exclude_each_other_are_refused_or_said():
+    stage = Stage(run=Run(engine="fsdp", fsdp=Fsdp(reshard=2)))
+    check_fsdp(stage, World(size=4))
+    asked = stage.model_copy(update={"train": Train(evaluate=(Evaluation(task="pope"),))})
+    with pytest.raises(RunError, match=r"can't be gathered for train\.evaluate"):
+        check_fsdp(asked, World(size=4))
+    said = check_engine("ddp", stage, World(size=4), torch.device("cpu"))
+    assert said == ("run.fsdp has no effect: run.engine is ddp",)
+    assert check_engine("fsdp", stage, World(size=4), torch.device("cpu")) == ()
+
+
+def test_what_can_not_be_split_is_named(tiny_model):
+    model = tiny_model()
+    model.projector.scale = torch.nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(RunError, match=r"can't split projector\.scale, a single number"):
+        unsplit(model, Run())
+    model.projector.scale.requires_grad_(False)
+    model.projector[0].weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+    assert unsplit(model, Run()) == {model.projector.scale, model.projector[0].weight}
+    with pytest.raises(RunError, match=r"quantised weights \(projector\.0\.weight\)"):
+        unsplit(model, Run(fsdp=Fsdp(frozen="shard")))
 
 
 @pytest.fixture(scope="module")

@@ -29,15 +29,18 @@ def check_engine(name: str, stage: Stage, world: World, device: torch.device) ->
 
     Raises LapilliError, before anything is loaded, for settings that it can't have here.
     """
+    sections = {"fsdp": stage.run.fsdp, "deepspeed": stage.run.deepspeed}
+    others = [key for key, section in sections.items() if key != name and section != type(section)()]
+    notes = tuple(f"run.{key} has no effect: run.engine is {name}" for key in others)
     if name == "fsdp":
         from lapilli.train.parallel.fsdp import check_fsdp
 
-        check_fsdp(stage.run, world)
+        check_fsdp(stage, world)
     if name == "deepspeed":
         from lapilli.train.parallel.deepspeed import check_deepspeed
 
-        return check_deepspeed(stage.train, stage.run, world.size, device.type)
-    return ()
+        return notes + check_deepspeed(stage.train, stage.run, world.size, device.type)
+    return notes
 
 
 def make_engine(name: str, module: LossModule, world: World, run: Run, device: torch.device) -> Single:

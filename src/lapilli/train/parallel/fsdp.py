@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from lapilli.base.errors import ModelError, RunError
 from lapilli.model.vision import find_layers
 from lapilli.model.vlm import VisionLanguageModel
-from lapilli.recipe.schema import Run
+from lapilli.recipe.schema import Run, Stage
 from lapilli.train.loss import LossModule
 from lapilli.train.parallel.lockstep import Lockstep
 from lapilli.train.parallel.world import World
@@ -29,7 +29,7 @@ from lapilli.train.parallel.world import World
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def check_fsdp(run: Run, world: World) -> None:
+def check_fsdp(stage: Stage, world: World) -> None:
     """Raise RunError for settings that this PyTorch or this number of processes can't have."""
     if not hasattr(FSDPModule, "reset_iter_state"):
         raise RunError(f"run.engine: fsdp needs PyTorch 2.13 or newer, and this is {torch.__version__}; update it")
@@ -38,11 +38,15 @@ def check_fsdp(run: Run, world: World) -> None:
             "run.engine: fsdp splits weights over several processes, and one was started; start more with torchrun, "
             "or use auto"
         )
-    reshard = run.fsdp.reshard
+    reshard = stage.run.fsdp.reshard
     if not isinstance(reshard, bool) and (reshard == 1 or reshard >= world.size or world.size % reshard):
         raise RunError(
             f"run.fsdp.reshard: {reshard} processes can't share the weights between forward and backward pass: give a "
             f"part of {world.size}, as the number of processes of one machine, or true or false"
+        )
+    if not isinstance(reshard, bool) and stage.train.evaluate:
+        raise RunError(
+            f"run.fsdp.reshard: {reshard}: the model can't be gathered for train.evaluate then; use true or false"
         )
 
 
@@ -54,23 +58,10 @@ class Fsdp(Lockstep):
     def __init__(self, module: LossModule, world: World, run: Run, device: torch.device) -> None:
         super().__init__(module, world)
         self.device, self._reshard = device, run.fsdp.reshard
-        whole = _unsplit(module.model, run)
-        self._whole = [p for p in whole if p.requires_grad]
-        options: dict[str, Any] = {
-            "mesh": init_device_mesh(device.type, (world.size,)),
-            "mp_policy": _precision(run),
-            "ignored_params": whole,
-        }
-        if run.fsdp.offload:
-            options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        whole = unsplit(module.model, run)
         layers = [layer for layer in _layers(module.model) if not whole.issuperset(layer.parameters())]
-        for layer in layers:
-            layer.to(device)
-            self._share(layer)
-            fully_shard(layer, **options, reshard_after_forward=self._reshard)
-        _move_rest(module, device, set(layers))
-        self._share(module)
-        fully_shard(module, **options)
+        with self.passing():  # weights are sent
+            self._split(module, layers, whole, run)
         self.units: list[FSDPModule] = [m for m in module.modules() if isinstance(m, FSDPModule)]
         """The root first, then the layers in order."""
         for unit in self.units:
@@ -83,6 +74,22 @@ class Fsdp(Lockstep):
             part._is_fsdp_managed_module = False  # type: ignore[assignment]
         self._trained = [(name, p) for name, p in module.model.named_parameters() if p.requires_grad]
 
+    def _split(self, module: LossModule, layers: Sequence[nn.Module], whole: set[nn.Parameter], run: Run) -> None:
+        options: dict[str, Any] = {
+            "mesh": init_device_mesh(self.device.type, (self.world.size,)),
+            "mp_policy": _precision(run),
+            "ignored_params": whole,
+        }
+        if run.fsdp.offload:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        for layer in layers:
+            layer.to(self.device)
+            self._share(layer)
+            fully_shard(layer, **options, reshard_after_forward=self._reshard)
+        _move_rest(module, self.device, set(layers))
+        self._share(module)
+        fully_shard(module, **options)
+
     def _share(self, module: nn.Module) -> None:
         with torch.no_grad():
             trained = (p for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor))
@@ -92,19 +99,14 @@ class Fsdp(Lockstep):
         """The trainable parameters, DTensors of which this process has its rows, under their canonical names."""
         return iter(self._trained)
 
-    def complete(self, parameters: Sequence[nn.Parameter]) -> None:
-        # Rows are summed by the backward pass itself.
-        self.world.add_up(p.grad for p in self._whole if p.grad is not None)
-
     def finite_gradients(self, optimizer: torch.optim.Optimizer) -> bool:
         return all(bool(_local(p.grad).isfinite().all()) for _, p in self.trained() if p.grad is not None)
 
     def gradient_norm(self, parameters: list[nn.Parameter]) -> torch.Tensor:
-        rows = [_local(p.grad) for p in parameters if isinstance(p.grad, DTensor)]
-        whole = [p.grad for p in self._whole if p.grad is not None]
+        rows = [_local(p.grad) for p in parameters if p.grad is not None]
         square = nn.utils.get_total_norm(rows).square()
         self.world.add_up([square])
-        return (square + nn.utils.get_total_norm(whole).square().to(square.device)).sqrt()
+        return square.sqrt()
 
     def clip(self, parameters: list[nn.Parameter], max_norm: float, norm: torch.Tensor) -> None:
         gradients = [_local(p.grad) for p in parameters if p.grad is not None]
@@ -118,11 +120,6 @@ class Fsdp(Lockstep):
 
     @contextmanager
     def whole_model(self) -> Iterator[None]:
-        if not isinstance(self._reshard, bool):
-            raise RunError(
-                f"run.fsdp.reshard: {self._reshard}: the model can't be gathered for train.evaluate then; use "
-                "true or false"
-            )
         with self.passing():
             for unit in self.units:
                 unit.unshard()
@@ -160,8 +157,11 @@ class Fsdp(Lockstep):
         model.to("cpu")  # type: ignore[arg-type]
 
 
-def _unsplit(model: VisionLanguageModel, run: Run) -> set[nn.Parameter]:
-    """The parameters that every process keeps whole: frozen ones, unless they are split too, and single numbers."""
+def unsplit(model: VisionLanguageModel, run: Run) -> set[nn.Parameter]:
+    """The parameters that every process keeps whole: frozen ones, unless they are split too, and frozen numbers."""
+    single = [name for name, p in model.named_parameters() if p.requires_grad and p.ndim == 0]
+    if single:
+        raise RunError(f"run.engine: fsdp can't split {single[0]}, a single number; freeze it, or use ddp")
     whole = {p for p in model.parameters() if p.ndim == 0 or (not p.requires_grad and run.fsdp.frozen == "replicate")}
     packed = [name for name, p in model.named_parameters() if p not in whole and not p.is_floating_point()]
     if packed:
@@ -197,10 +197,10 @@ def _move_rest(module: nn.Module, device: torch.device, layers: set[nn.Module]) 
             _move_rest(child, device, layers)
 
 
-def _local(tensor: torch.Tensor | None) -> torch.Tensor:
-    """This process's rows, or the whole of a tensor that is not split."""
-    assert tensor is not None
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's rows."""
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()
 
 
 def _forget(unit: Any) -> None:

@@ -40,14 +40,14 @@ class Lockstep(Single):
         ]
 
     def passing(self) -> "_Passing":
-        return _Passing(self)
+        return _Passing(self.world)
 
 
 class _Passing:
     """An error inside ends this process with it, and the others with its first line."""
 
-    def __init__(self, engine: Lockstep) -> None:
-        self._engine, self._world = engine, engine.world
+    def __init__(self, world: World) -> None:
+        self._world = world
 
     def __enter__(self) -> None:
         pass
@@ -59,7 +59,7 @@ class _Passing:
             return
         if isinstance(error, EndedElsewhere | ProcessLost):
             return
-        self._engine.intact = False
+        self._world.severed = True
         if not _connection_failed(error):
             leave_note(self._world, error)
             return

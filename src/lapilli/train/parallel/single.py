@@ -35,9 +35,6 @@ class Single:
         """The trainable parameters under their canonical names: those of the model, without wrappers."""
         return ((name, p) for name, p in self._model.named_parameters() if p.requires_grad)
 
-    intact = True
-    """Whether the processes can still send each other weights; after an error in the middle of a pass some can't."""
-
     def optimizer(self, train: Train) -> torch.optim.Optimizer:
         """Build the optimiser over `trained`."""
         return build_optimizer(parameter_groups(self.trained(), train), train)

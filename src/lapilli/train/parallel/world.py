@@ -123,6 +123,8 @@ class World:
     ) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
         self._control = control
+        self.severed = False
+        """Whether this process left the others in the middle of a pass, so that they can't be told anything."""
 
     @property
     def first(self) -> bool:
@@ -221,7 +223,8 @@ class _Together:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception) and not isinstance(error, EndedElsewhere | ProcessLost):
+        known = isinstance(error, EndedElsewhere | ProcessLost)
+        if isinstance(error, Exception) and not known and not self._world.severed:
             self._world.tell(error)
 
 
