@@ -345,6 +345,8 @@ class Run(Section):
     compile: bool = False
     """Compile the layers of encoder and language model with torch.compile: one program for all layers and lengths. The
     first steps wait for the compiler."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Services that get every step's numbers beside `metrics.jsonl`; their packages are installed apart."""
     seed: int = 42
     """Of the sample order, of new weights and of dropout."""
     checkpoints: Literal["async", "sync"] = "async"

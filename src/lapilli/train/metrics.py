@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from lapilli.base.errors import RunError
+from lapilli.train.trackers import Trackers
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -32,9 +33,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsFile:
-    """Appends steps to `metrics.jsonl`. Lines after `resumed_step` are of work that was lost and are cut off."""
+    """Appends steps to `metrics.jsonl`, and sends them to the run's trackers, which are closed with it.
 
-    def __init__(self, path: Path, resumed_step: int) -> None:
+    Lines after `resumed_step` are of work that was lost and are cut off.
+    """
+
+    def __init__(self, path: Path, resumed_step: int, trackers: Trackers | None = None) -> None:
+        self._trackers = trackers
         rows = [row for row in read_metrics(path) if row["step"] <= resumed_step]
         aside = path.with_suffix(".jsonl.partial")
         aside.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
@@ -46,6 +51,8 @@ class MetricsFile:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
+        if self._trackers is not None:
+            self._trackers.log(row)
 
     def make_durable(self) -> None:
         """Have the disk hold every line; done before each checkpoint, which must not be ahead of its metrics."""
@@ -58,3 +65,5 @@ class MetricsFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+        if self._trackers is not None:
+            self._trackers.close()

@@ -31,6 +31,7 @@ from lapilli.train.report import write_report
 from lapilli.train.setup import Prepared, Say, prepare
 from lapilli.train.state import read_state, set_random
 from lapilli.train.tensors import Saved
+from lapilli.train.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _train(
         world.from_first(lambda: _begin_folder(ready, origins, facts, done))
     with (
         StopWish(for_good=True) as wish,
-        MetricsFile(ready.folder.metrics, done) if world.first else nullcontext() as metrics,
+        _metrics(ready, done, say) if world.first else nullcontext() as metrics,
         _checkpoints(ready, average) as checkpoints,
     ):
         loop = Loop(ready, metrics, checkpoints, average, guard, facts, done, evaluate)
@@ -120,6 +121,11 @@ def _train(
     say(f"done: {ready.folder.model}")
     asked = [name for name in world.exchange(wish.signal) if name is not None]
     return Outcome(loop.done, ready.total_steps, asked[0] if asked else None)
+
+
+def _metrics(ready: Prepared, done: int, say: Say) -> MetricsFile:
+    trackers = Trackers(ready.stage, ready.folder.path, done, say)
+    return MetricsFile(ready.folder.metrics, done, trackers)
 
 
 def _checkpoints(ready: Prepared, average: Average | None) -> Checkpoints:

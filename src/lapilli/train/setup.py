@@ -37,6 +37,7 @@ from lapilli.train.precision import settle
 from lapilli.train.reading import Reading, limits, read_corpus, read_description, reading
 from lapilli.train.recompute import check_compile, compile_layers, keep_for_backward
 from lapilli.train.shapes import describe_shapes, fixed_shapes
+from lapilli.train.trackers import check_trackers
 from lapilli.train.weights import check_weights, load_weights, refuse_whole_quantised
 
 Say = Callable[[str], None]
@@ -82,6 +83,7 @@ def prepare(
     # 1. The folder: new, or an interrupted run of this very recipe; and that the files it names are there.
     folder = _agreed_folder(stage, resume, world)
     check_files([stage])
+    check_trackers(stage.run.trackers)
     # 2. The engine; the device, its threads and seeds.
     engine_wanted = engine_name(stage.run.engine, world)
     check_compile(stage, engine_wanted)
