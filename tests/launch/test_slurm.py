@@ -51,7 +51,10 @@ def test_the_script_starts_one_process_per_device_and_says_nothing_of_this_machi
     for option in ("partition=gpu", "account=lab", "qos=long", "constraint=ib", "mem=200G", "mail-type=END"):
         assert f"#SBATCH --{option}\n" in text
     assert text.index("trap") < text.index("module load cuda") < text.index("srun")
-    assert "gpus" not in batch_script(replace(JOB, gpus_per_node="0"), "align.yaml", [])
+    text = batch_script(replace(JOB, gpus_per_node="0", processes_per_node=8), "align.yaml", [])
+    assert "gpus" not in text
+    assert "#SBATCH --ntasks-per-node=8\n" in text
+    assert "#SBATCH --ntasks-per-node=1\n" in batch_script(replace(JOB, gpus_per_node="0"), "align.yaml", [])
 
 
 @pytest.mark.parametrize(
@@ -95,6 +98,7 @@ def test_times_as_slurm_writes_them():
         ({"time": "5"}, "--time 5 is not longer than the 300 seconds"),
         ({"nodes": 0}, "--nodes 0"),
         ({"gpus_per_node": "a100"}, "a number, or type:number"),
+        ({"processes_per_node": 0}, "--processes-per-node 0"),
         ({"cpus_per_task": 0}, "--cpus-per-task 0"),
         ({"more": ("END",)}, '"END" is no option of sbatch'),
         ({"partition": "a\n#SBATCH --wrap=x"}, "is no option of sbatch"),
@@ -118,6 +122,16 @@ def test_a_recipe_is_checked_before_it_waits_in_a_queue(write_recipe):
         made = run(app, ["slurm", recipe, override, "--nodes", "2", "--gpus-per-node", "2", *words])
         with pytest.raises(LapilliError, match=message):
             raise made.exception or AssertionError(made.output)
+
+
+def test_a_batch_script_is_written_without_torch(write_recipe):
+    words = ["launch", "slurm", write_recipe(), "--time", "60", "--dry-run"]
+    code = (
+        f"import sys; from lapilli.cli.main import app; app({words}, standalone_mode=False); print(sorted(sys.modules))"
+    )
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "#SBATCH" in made.stdout
+    assert "'torch'" not in made.stdout
 
 
 def test_a_job_is_submitted_once_its_script_is_written(tmp_path, monkeypatch):

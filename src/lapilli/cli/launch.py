@@ -33,6 +33,9 @@ def slurm(
     gpus_per_node: Annotated[
         str, typer.Option(help="Devices of each, one process for each: 8, or a100:8; 0: one process on CPUs.")
     ] = "1",
+    processes_per_node: Annotated[
+        int | None, typer.Option(help="For devices that SLURM does not count as GPUs; default: one for each GPU.")
+    ] = None,
     partition: Annotated[str | None, typer.Option()] = None,
     account: Annotated[str | None, typer.Option()] = None,
     qos: Annotated[str | None, typer.Option()] = None,
@@ -74,10 +77,11 @@ def slurm(
         mem=mem,
         more=tuple(sbatch or ()),
         setup=tuple(setup or ()),
+        processes_per_node=processes_per_node,
         save_seconds=save_seconds,
     )
     text = batch_script(job, recipe, overrides or [])
-    notes = [*check_launch(loaded, job.nodes * job.processes_per_node), *command_is_missing(job)]
+    notes = [*check_launch(loaded, job.nodes * job.tasks_per_node), *command_is_missing(job)]
     _note(notes)
     if dry_run:
         typer.echo(text, nl=False)

@@ -43,7 +43,7 @@ class Job:
     name: str
     nodes: int
     gpus_per_node: str
-    """As SLURM takes them: a number, or `type:number`; `0` for a run on CPUs, one process per node."""
+    """As SLURM takes them: a number, or `type:number`; `0` for a run on CPUs, or on devices that SLURM calls otherwise."""
     time: str
     cpus_per_task: int
     output: str
@@ -52,6 +52,8 @@ class Job:
     qos: str | None = None
     constraint: str | None = None
     mem: str | None = None
+    processes_per_node: int | None = None
+    """None: one for each GPU, or one."""
     more: tuple[str, ...] = ()
     """Further options of sbatch, as `--mail-type=END`."""
     setup: tuple[str, ...] = ()
@@ -59,8 +61,8 @@ class Job:
     save_seconds: int = SAVE_SECONDS
 
     @property
-    def processes_per_node(self) -> int:
-        return max(1, _gpus(self.gpus_per_node))
+    def tasks_per_node(self) -> int:
+        return max(1, _gpus(self.gpus_per_node)) if self.processes_per_node is None else self.processes_per_node
 
     def options(self) -> list[str]:
         """The options of sbatch, one each. Raises RecipeError for values that SLURM could not carry out."""
@@ -68,6 +70,8 @@ class Job:
             raise RecipeError(f"--nodes {self.nodes}: a job needs one at least")
         if self.cpus_per_task < 1:
             raise RecipeError(f"--cpus-per-task {self.cpus_per_task}: a process needs one at least")
+        if self.tasks_per_node < 1:
+            raise RecipeError(f"--processes-per-node {self.processes_per_node}: a run needs one at least")
         if seconds(self.time) <= self.save_seconds:
             raise RecipeError(
                 f"--time {self.time} is not longer than the {self.save_seconds} seconds before its end in which the "
@@ -80,7 +84,7 @@ class Job:
             "qos": self.qos,
             "constraint": self.constraint,
             "nodes": self.nodes,
-            "ntasks-per-node": self.processes_per_node,
+            "ntasks-per-node": self.tasks_per_node,
             "gpus-per-node": self.gpus_per_node if _gpus(self.gpus_per_node) else None,
             "cpus-per-task": self.cpus_per_task,
             "mem": self.mem,
