@@ -43,7 +43,7 @@ class Job:
     name: str
     nodes: int
     gpus_per_node: str
-    """As SLURM takes them: a number, or `type:number`; `0` for a run on CPUs, or on devices that SLURM calls otherwise."""
+    """As SLURM takes them: a number, or `type:number`; `0` for CPUs, or devices that SLURM calls otherwise."""
     time: str
     cpus_per_task: int
     output: str
