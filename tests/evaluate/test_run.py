@@ -4,7 +4,9 @@ import json
 
 import pytest
 from tests.evaluate.conftest import SAYS
+from tests.support.tiny import build_parrot
 
+import lapilli
 from lapilli.base.errors import DataError, RunError
 from lapilli.evaluate.asking import continued
 from lapilli.evaluate.compare import compare
@@ -181,6 +183,15 @@ def test_a_reasoning_is_gone_on_with_in_the_models_own_turn(folder, tiny, tmp_pa
         longer = continued(tiny, prompt, first, follow_up["text"])
         (second,) = tiny.engine.generate([longer], Decoding(4))
         assert line["text"] == f"{first.text}\nThe answer is {second.text}"
+
+
+def test_what_a_model_thinks_aloud_is_kept_apart_and_not_scored(folder, models, tmp_path):
+    thinks = lapilli.load(build_parrot(models / "thinks", "2</think>B."))
+    folder.questions([{"question_id": 1, "text": "Which?", "answer": "B", "kind": "x"}])
+    (made,) = evaluate([folder.job(decoding={"max_new_tokens": 20})], tmp_path / "out", MODEL, lambda: thinks)
+    (line,) = lines(tmp_path / "out" / "mine" / "answers.jsonl")
+    assert (line["text"], line["metadata"]["thinking"]) == ("B.", "2")
+    assert made.protocols["llava"].values == {"accuracy": 100}
 
 
 def test_answers_of_any_system_are_scored(folder, tmp_path):

@@ -32,7 +32,8 @@ def print_results(results: Sequence[Results], groups: bool = True) -> None:
     console = Console(highlight=False)
     table = Table()
     for column in ("task", "protocol", "metric", "value", "95 % interval", "questions"):
-        table.add_column(column, justify="left" if column in ("task", "protocol", "metric") else "right")
+        left = column in ("task", "protocol", "metric")
+        table.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=column == "task")
     for made in results:
         counts = f"{made.counts.answered:,}"
         if not made.protocols:

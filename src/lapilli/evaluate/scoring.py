@@ -16,6 +16,7 @@ from lapilli.base.version import VERSION
 from lapilli.evaluate.answers import Line
 from lapilli.evaluate.files import digests
 from lapilli.evaluate.job import Job
+from lapilli.evaluate.judge.items import has_reference
 from lapilli.evaluate.merging import with_earlier
 from lapilli.evaluate.records import SHOWN
 from lapilli.evaluate.results import TASK, Counts, Outcome, Results, outcome, write_items, write_results
@@ -130,6 +131,8 @@ def _scorable(task: Task, questions: Sequence[Question]) -> list[Question]:
 
 def _why_unscored(job: Job) -> str:
     if job.task.scorer is None:
+        if job.asked and all(map(has_reference, job.asked)):
+            return "free text is for a judge (--judge model=NAME, or lapilli judge)"
         return "the task is scored elsewhere"
     return "the right answers are not public, or their file is not there"
 
