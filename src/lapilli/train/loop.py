@@ -178,7 +178,7 @@ class Loop:
         self.checkpoints.save(State(self.done, self.facts, bad, tuple(self.guard.skipped), self.validated))
         self.saved = self.done
 
-    def _saving(self) -> dict[str, float]:
+    def _saving(self) -> dict[str, Any]:
         """How long training stood still for a checkpoint since the row before, if it did."""
         since, self.waited = self.checkpoints.waited_seconds - self.waited, self.checkpoints.waited_seconds
         return {"save_seconds": round(since, 6)} if since else {}
