@@ -143,6 +143,18 @@ def test_a_conversation_from_a_pipe_gives_answers_alone(root):
 
 
 @pytest.mark.slow
+def test_commands_that_change_what_was_said(root):
+    script = "Hi\n/set temperature x\n/set warmth 1\n/set max_new_tokens 2\n/again\n/system Be brief.\n/history\n"
+    script += "/undo\n/undo\n/image http://127.0.0.1:9/a.jpg\n/save talk.json\n/open none.json\n"
+    done = chat(root, "model", stdin=script)
+    assert (done.returncode, done.stdout) == (0, "a red dog 음식\na re\n")
+    said = ("x is not a number", "/set warmth: give temperature", "the answer is always the same", "> Hi\na re",
+            "taken back: Hi", "no question was answered yet", "could not be fetched", "nothing to save",
+            "none.json")  # fmt: skip
+    assert [one for one in said if one not in done.stderr] == []
+
+
+@pytest.mark.slow
 def test_a_conversation_at_a_terminal(root, monkeypatch, capsys):
     with Terminal(root, "model", "--image", "a picture.jpg") as screen:
         screen.expect("pictures for the first question: a picture.jpg")

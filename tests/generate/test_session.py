@@ -69,7 +69,7 @@ def test_what_can_not_be_asked_leaves_no_trace(parrot, picture):
     session.add_image(picture)
     with pytest.raises(DataError, match="2 <image>, but 1 new pictures"):
         session.ask("<image> <image>?")
-    assert (session.exchanges, session.waiting) == (0, [picture.resolve()])
+    assert (session.exchanges, session.waiting) == (0, [picture.name])
     session.ask("What is it?")
     session.reset()
     assert (session.exchanges, session.waiting) == (0, [])
@@ -89,4 +89,51 @@ def test_without_an_answer_nothing_is_kept(parrot, picture, monkeypatch):
     session.add_image(picture)
     monkeypatch.setattr(parrot.engine, "generate", lambda *a, **k: [Answer("", (2,), "stop", 9)])
     assert session.ask("What is it?").text == ""
-    assert (session.exchanges, session.waiting) == (0, [picture.resolve()])
+    assert (session.exchanges, session.waiting) == (0, [picture.name])
+
+
+def test_a_question_is_taken_back_with_its_pictures(parrot, picture):
+    session = Session(parrot)
+    with pytest.raises(DataError, match="no question was answered"):
+        session.undo()
+    session.add_image(picture)
+    session.ask("What is it?")
+    session.ask("And why?")
+    assert session.undo() == "And why?"
+    assert session.undo() == "<image>\nWhat is it?"
+    assert (session.exchanges, session.waiting) == (0, [picture.name])
+
+
+def test_asking_again_draws_anew_and_keeps_the_rest(tiny, picture, monkeypatch):
+    session = Session(tiny, decoding=Decoding(8, temperature=5.0, seed=3))
+    session.add_image(picture)
+    first = session.ask("What is it?").text
+    session.add_image(picture)  # of the next question
+    drawn = {session.again().text for _ in range(4)}
+    assert len(drawn | {first}) > 2
+    assert (session.exchanges, session.waiting) == (1, [picture.name])
+    kept = session.history()
+    monkeypatch.setattr(tiny.engine, "generate", lambda *a, **k: [Answer("", (2,), "stop", 9)])
+    assert session.again().text == ""
+    assert (session.history(), session.waiting) == (kept, [picture.name])
+
+
+def test_a_saved_conversation_is_gone_on_with_its_pictures_too(parrot, prompts, picture, tmp_path):
+    session = Session(parrot, system="Be brief.")
+    session.add_image("https://example.org/a.jpg", picture.read_bytes())
+    session.add_image(picture)
+    assert session.waiting == ["https://example.org/a.jpg", picture.name]
+    session.ask("Are they alike?")
+    session.save(tmp_path / "chat.json")
+    assert (tmp_path / "chat-1.png").is_file()
+    session.ask("Why?")
+    other = Session(parrot)
+    other.open(tmp_path / "chat.json")
+    assert (other.system, other.exchanges) == ("Be brief.", 1)
+    other.ask("Why?")
+    assert prompts[-1].input_ids.tolist() == prompts[-2].input_ids.tolist()
+    assert prompts[-1].keys == prompts[-2].keys
+    (tmp_path / "chat-1.png").unlink()
+    with pytest.raises(DataError, match="no such file"):
+        other.open(tmp_path / "chat.json")
+    assert other.exchanges == 2

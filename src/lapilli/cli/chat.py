@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,18 +23,30 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 HELP = """\
-/image FILE   give a picture to the next question; in the question, <image> says where it stands (else in front)
+/image FILE   give a picture (a file, or an http address) to the next question; <image> in it says where (else in front)
+/again        ask the last question again; with a temperature, for another answer
+/undo         take the last question and its answer back
+/history      what was said
+/set A B      temperature, top_p, max_new_tokens or seed, from now on
+/system TEXT  another system text; none at all without TEXT
 /reset        forget what was said, and every picture
 /save FILE    write the conversation as LLaVA JSON, which `lapilli data show` reads
+/open FILE    go on with a conversation that was saved
 /help         this list
 /quit         leave, as Ctrl-D does; Ctrl-C stops an answer"""
+
+_COMMANDS = tuple(line.split()[0] for line in HELP.splitlines())
+_NEED_FILE = ("/image", "/save", "/open")
+_MAX_BYTES = 100_000_000
+_NUMBERS = {"temperature": float, "top_p": float, "max_new_tokens": int, "seed": int}
 
 
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="Model folder, run folder, or adapter folder with --base.")],
     image: Annotated[
-        list[str] | None, typer.Option(help="Picture for the first question; may be repeated.", metavar="FILE")
+        list[str] | None,
+        typer.Option(help="Picture for the first question, a file or address; may be repeated.", metavar="FILE"),
     ] = None,
     message: Annotated[str | None, typer.Option(help="Ask this, print the answer and exit.", metavar="TEXT")] = None,
     base: Annotated[str | None, typer.Option(help="Model an adapter was trained on.", metavar="DIR")] = None,
@@ -51,7 +64,7 @@ def chat(
 ) -> None:
     """Talk with a model about pictures. Without --message, a conversation; /help lists its commands."""
     bits = held(load_8bit, load_4bit)
-    missing = next((file for file in image or [] if not Path(file).is_file()), None)
+    missing = next((file for file in image or [] if not (_is_address(file) or Path(file).is_file())), None)
     if missing is not None:  # said before the wait for torch and the model
         raise DataError(f"{missing}: no such file")
 
@@ -67,14 +80,14 @@ def chat(
     assistant = load(model, base, device=device, template=template, quantise=bits)
     session = Session(assistant, system, decoding)
     for file in image or []:
-        session.add_image(file)
+        _add_image(session, file)
     if message is not None:
         answer = session.ask(message, _write)
         _end(answer)
         return
     _tell(f"{model} on {device}, template {assistant.template.name}; /help lists the commands")
     if session.waiting:
-        _tell(f"pictures for the first question: {', '.join(p.name for p in session.waiting)}")
+        _tell(f"pictures for the first question: {', '.join(session.waiting)}")
     _converse(session)
 
 
@@ -107,25 +120,77 @@ def _converse(session: "Session") -> None:
 def _command(session: "Session", line: str) -> bool:
     """Carry out a line that begins with a slash; true if it is the last."""
     name, _, rest = line.partition(" ")
-    file = rest.strip().strip("'\"")
+    given = rest.strip().strip("'\"")
     if name == "/quit":
         return True
-    if name in ("/image", "/save") and not file:
+    if name in _NEED_FILE and not given:
         _tell(f"error: {name} needs a file")
     elif name == "/image":
-        width, height = session.add_image(Path(file).expanduser())
-        _tell(f"{file}: {width} x {height}, for the next question")
+        width, height = _add_image(session, given)
+        _tell(f"{given}: {width} x {height}, for the next question")
+    elif name == "/again":
+        if session.decoding.temperature == 0:
+            _tell("note: at temperature 0 the answer is always the same; /set temperature 0.7")
+        with _interrupts() as pressed:
+            answer = session.again(_write, pressed)
+        _end(answer)
+    elif name == "/undo":
+        _tell(f"taken back: {session.undo()}")
+    elif name == "/history":
+        for question, answer, pictures in session.history():
+            _tell(f"> {question}" + "".join(f"\n  [{picture}]" for picture in pictures) + f"\n{answer}")
+    elif name == "/set":
+        _set(session, given)
+    elif name == "/system":
+        session.system = given or None
+        _tell(f"system text: {given}" if given else "the template's own system text")
     elif name == "/save":
-        session.save(Path(file).expanduser())
-        _tell(f"wrote {file}")
+        session.save(Path(given).expanduser())
+        _tell(f"wrote {given}")
+    elif name == "/open":
+        session.open(Path(given).expanduser())
+        _tell(f"{given}: {session.exchanges} questions and answers; go on")
     elif name == "/reset":
         session.reset()
         _tell("a new conversation, without pictures")
     elif name == "/help":
         _tell(HELP)
     else:
-        _tell(f"error: no command {name}{nearest(name, ('/image', '/reset', '/save', '/help', '/quit'))}; see /help")
+        _tell(f"error: no command {name}{nearest(name, _COMMANDS)}; see /help")
     return False
+
+
+def _set(session: "Session", given: str) -> None:
+    """Change one setting of the answers to come."""
+    name, _, value = given.partition(" ")
+    if name not in _NUMBERS:
+        raise DataError(f"/set {name}: give {', '.join(_NUMBERS)} and a number")
+    try:
+        number = _NUMBERS[name](value)
+    except ValueError as error:
+        raise DataError(f"/set {name}: {value or 'nothing'} is not a number") from error
+    session.decoding = replace(session.decoding, **{name: number})
+    _tell(f"{name} {number}")
+
+
+def _is_address(text: str) -> bool:
+    return text.lower().startswith(("http://", "https://"))
+
+
+def _add_image(session: "Session", given: str) -> tuple[int, int]:
+    """A picture from a file, or from the address that the user typed."""
+    if not _is_address(given):
+        return session.add_image(Path(given).expanduser())
+    from lapilli.serve.remote import RemotePictures
+
+    limits = session.assistant.processor.limits
+    # Whoever sits here may reach what this machine reaches: the guards are against strangers.
+    remote = RemotePictures(limits.max_bytes if limits else _MAX_BYTES, 60.0, ports=range(1, 65536), allowed=_anywhere)
+    return session.add_image(given, remote.fetch(given, given, remote.until()))
+
+
+def _anywhere(_address: Any) -> bool:
+    return True
 
 
 @contextmanager
