@@ -132,7 +132,8 @@ def test_two_stages_never_share_a_folder(tmp_path):
 
 def test_a_key_inside_an_override_is_named(tmp_path):
     told = error(tmp_path, GOOD, "train.lora={rank: 4}")
-    assert told == "command line: train.lora.rank: unknown key; known here: r, alpha, dropout, target_modules, bias"
+    known = "r, alpha, dropout, target_modules, bias, quantise, vision"
+    assert told == f"command line: train.lora.rank: unknown key; known here: {known}"
 
 
 def test_training_with_tiles_is_refused_by_name(tmp_path):
