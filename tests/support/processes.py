@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-LONGEST_SECONDS = 300
+LONGEST_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ class Watcher:
 
 
 def _facts(engine: Any) -> dict[str, Any]:
+    if engine.name == "deepspeed":
+        return _zero_facts(engine)
     kinds = [{cls.__name__ for cls in type(module).__mro__} for module in engine.module.modules()]
     trained = [p for _, p in engine.trained()]
     return {
@@ -104,6 +106,25 @@ def _facts(engine: Any) -> dict[str, Any]:
         "kinds": sorted({type(p).__name__ for p in trained}),
         "dtypes": sorted({str(p.dtype) for p in trained}),
     }
+
+
+def _zero_facts(engine: Any) -> dict[str, Any]:
+    flats = [flat for group in engine.zero.optimizer.param_groups for flat in group["params"]]
+    flats = getattr(engine.zero, "fp32_partitioned_groups_flat", flats)
+    facts = {
+        "engine": type(engine.engine).__name__,
+        "stage": engine.engine.zero_optimization_stage(),
+        "optimizer": type(engine.zero).__name__,
+        "split gradients": engine.engine.zero_optimization_partition_gradients(),
+        "offloaded": engine.engine.zero_offload_optimizer() is not None,
+        "groups": len(flats),
+        "stepped here": sum(flat.numel() for flat in flats),
+    }
+    for kind, wanted in (("trained", True), ("frozen", False)):
+        some = [p for p in engine.module.parameters() if p.requires_grad is wanted]
+        facts[kind] = sum(getattr(p, "ds_numel", p.numel()) for p in some)
+        facts[f"{kind} here"] = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in some)
+    return facts
 
 
 def _here(parameter: Any) -> Any:

@@ -5,9 +5,11 @@ import time
 
 import pytest
 import torch
+from tests.support.parts import make_language, make_vision
 from tests.support.processes import Job, Watcher, run_together
 from tests.support.runs import assert_learned_the_same, make_workshop, train_alone
 
+from lapilli.assemble.build import BuildOptions, build
 from lapilli.base.errors import RunError
 from lapilli.recipe.schema import Evaluation, Fsdp, Run, Stage, Train
 from lapilli.train.metrics import read_metrics
@@ -32,6 +34,8 @@ KINDS = {
         "train.global_batch_size=3",
     ],
     "text_beside_pictures": ["train.freeze=full", "train.global_batch_size=2", "data.order=sequential"],
+    "tied embeddings": ["train.freeze=full", "model=qwen2"],
+    "padded": ["train.freeze=full", "model=mpt"],
     "asked": ["train.evaluate=[{task: any, every: 2}]", "train.save_every=null"],
     "nothing_for_one": ["train.freeze=full", "train.global_batch_size=1", "train.max_steps=4"],
 }
@@ -43,10 +47,18 @@ SPLIT = {
     "full, partly recomputed": [*KINDS["full"], "train.gradient_checkpointing=selective"],
     "text_beside_pictures, offloaded": [*KINDS["text_beside_pictures"], "run.fsdp.offload=true"],
 }
+BF16 = {
+    "bf16 full, ddp": ("ddp", KINDS["full"]),
+    "bf16 full": ("fsdp", KINDS["full"]),
+    "bf16 full, sums in bf16": ("fsdp", [*KINDS["full"], "run.fsdp.reduce=bf16"]),
+    "bf16 lora, ddp": ("ddp", KINDS["lora"]),
+    "bf16 lora": ("fsdp", KINDS["lora"]),
+    "bf16 lora, frozen split": ("fsdp", [*KINDS["lora"], "run.fsdp.frozen=shard"]),
+}
 LANGUAGE = 3
 """Units: the two layers of the language model, and the rest; where the vision encoder trains, two of its layers too."""
 UNITS = {
-    "projector": 1, "full": 5, "text_beside_pictures": 5, "nothing_for_one": 5,
+    "projector": 1, "tied embeddings": 5, "padded": 5, "full": 5, "text_beside_pictures": 5, "nothing_for_one": 5,
     "projector, frozen split": 6, "lora, frozen split": 6,
 }  # fmt: skip
 
@@ -92,6 +104,10 @@ def test_what_can_not_be_split_is_named(tiny_model):
 @pytest.fixture(scope="module")
 def workshop(base, tmp_path_factory):
     folder = make_workshop(tmp_path_factory.mktemp("fsdp"), base)
+    vision = make_vision("clip", folder / "clip")
+    for name in ("qwen2", "mpt"):
+        language = make_language(name, folder / f"{name}-alone")
+        build(BuildOptions(str(vision), str(language), dtype="float32"), folder / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield folder
@@ -130,9 +146,8 @@ def together(workshop, alone):
         jobs[name] = Job(
             path, [*adamw, f"run.engine={engine}", f"out={name}"], resume=f"{origin}/checkpoints/step-000002"
         )
-    bf16 = [*EVERY, *KINDS["full"], "run.precision=bf16"]
-    for engine in ("ddp", "fsdp"):
-        jobs[f"bf16 {engine}"] = Job(path, [*bf16, f"run.engine={engine}", f"out=bf16-{engine}"])
+    for name, (engine, more) in BF16.items():
+        jobs[name] = Job(path, [*EVERY, *more, "run.precision=bf16", f"run.engine={engine}", f"out={name}"])
     jobs["not finite"] = Job(path, [*EVERY, FSDP, "train.learning_rate=1e30", "train.non_finite=bisect", "out=broken"])
     return dict(zip(jobs, run_together(list(jobs.values()), workshop), strict=True))
 
@@ -184,11 +199,13 @@ def test_a_run_goes_on_with_another_engine(workshop, alone, together):
 
 
 @pytest.mark.slow
-def test_bf16_is_computed_and_fp32_kept(workshop, together):
-    assert together["bf16 fsdp"][0]["step"] == 3, together["bf16 fsdp"]
-    engine = json.loads((workshop / "bf16-fsdp/engine.json").read_text())
+@pytest.mark.parametrize("name", [name for name in BF16 if "ddp" not in name])
+def test_bf16_is_computed_and_fp32_kept(workshop, together, name):
+    assert together[name][0]["step"] == 3, together[name]
+    engine = json.loads((workshop / name / "engine.json").read_text())
     assert engine["dtypes"] == ["torch.float32"]
-    rows, others = (read_metrics(workshop / f"bf16-{engine}/metrics.jsonl") for engine in ("ddp", "fsdp"))
+    like = f"bf16 {alike(name).split()[1]}, ddp"
+    rows, others = (read_metrics(workshop / folder / "metrics.jsonl") for folder in (like, name))
     for row, other in zip(rows, others, strict=True):
         assert other["loss"] == pytest.approx(row["loss"], rel=5e-3)
         assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=5e-2)
