@@ -17,6 +17,7 @@ from lapilli.base.errors import LapilliError, nearest
 
 VERBS = {
     "build": ("lapilli.cli.build", "Join a vision encoder and a language model into a model folder."),
+    "recipe": ("lapilli.cli.recipe", "Write a recipe from a training command of LLaVA's kind."),
     "train": ("lapilli.cli.train", "Train a model as a recipe says."),
     "launch": ("lapilli.cli.launch", "Start a run in several processes: here, by SLURM, or in a cloud."),
     "doctor": ("lapilli.cli.doctor", "Say what this machine has for training and serving, and what is missing."),

@@ -29,15 +29,16 @@ def _lines(value: dict[str, Any], origins: Mapping[str, str], prefix: str, inden
         elif isinstance(child, list) and child and isinstance(child[0], dict):
             yield f"{indent}{key}:{_comment(dotted, origins)}"
             for entry in child:
-                yield f"{indent}  - {_scalar(entry)}"
+                yield f"{indent}  - {scalar(entry)}"
         else:
-            yield f"{indent}{key}: {_scalar(child)}{_comment(dotted, origins)}"
+            yield f"{indent}{key}: {scalar(child)}{_comment(dotted, origins)}"
 
 
 def _comment(dotted: str, origins: Mapping[str, str]) -> str:
     return f"  # {origins.get(dotted, 'default')}"
 
 
-def _scalar(value: Any) -> str:
+def scalar(value: Any) -> str:
+    """One value in one line of YAML."""
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, sort_keys=False, width=10**9)
     return text.removesuffix("\n").removesuffix("\n...")
