@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.support.processes import Job, run_together
+from tests.support.runs import assert_learned_the_same
 
 from lapilli.base.errors import RecipeError, RunError
 from lapilli.recipe.load import load_recipe
@@ -219,6 +221,55 @@ def test_the_best_is_exported(recipe_file):
     saved = tensors(checkpoint_folder(folder / "checkpoints", step), "weights")
     for name in [one for one in saved if one.startswith("projector.")]:
         assert torch.equal(exported[exported_name(name, exported)], saved[name])
+
+
+@pytest.mark.slow
+def test_split_and_whole_weights_have_one_average_and_one_best(recipe_file, tmp_path):
+    """Two processes, whose weights are whole or split, one going on from the other's checkpoint."""
+    path = recipe_file()
+    given = [
+        *KEEP,
+        "train.learning_rate=0.01",
+        "train.schedule=constant",
+        "train.warmup_ratio=0",
+        "train.optimizer=sgd",
+    ]
+    jobs = []
+    for engine in ("ddp", "fsdp"):
+        own = [*given, f"run.engine={engine}"]
+        jobs.append(Job(path, [*own, "train.export=average", f"out={engine}"]))
+        jobs.append(Job(path, [*own, "train.export=best", f"out={engine}-best"]))
+    for engine, origin in (("ddp", "fsdp"), ("fsdp", "ddp")):
+        own = [*given, f"run.engine={engine}", "train.export=average"]
+        jobs.append(Job(path, [*own, f"out={engine}-on"], resume=f"{origin}/checkpoints/step-000003"))
+    said = run_together(jobs, tmp_path)
+    assert all(one[0]["step"] == 8 for one in said), said
+    average, _ = train(path, *given, "train.export=average", "out=alone")
+    best, _ = train(path, *given, "train.export=best", "out=alone-best")
+    for engine in ("ddp", "fsdp"):
+        assert_learned_the_same(average, tmp_path / engine)
+        assert_learned_the_same(best, tmp_path / f"{engine}-best")
+        assert_learned_the_same(average, tmp_path / f"{engine}-on", after=3)
+
+
+@pytest.mark.slow
+def test_a_run_whose_disk_was_full_goes_on_when_there_is_room(recipe_file, tmp_path):
+    path, given = recipe_file(), ["train.save_every=1", "train.keep_checkpoints=9"]
+    whole, _ = train(path, *given, "out=whole")
+    size = bytes_of(whole / "checkpoints/step-000001")
+    with small_disk(tmp_path / "small", int(2.5 * size)):
+        with pytest.raises(RunError, match=r"step-00000\d: the checkpoint can't be written: .*No space left"):
+            train(path, *given, "out=small/run")
+        done = kept(tmp_path / "small/run/checkpoints")
+        assert done
+        assert done == list(range(1, len(done) + 1))
+        subprocess.run(["mount", "-o", "remount,size=100m", str(tmp_path / "small")], check=True)
+        folder, said = train(path, *given, "out=small/run")
+        assert f"going on after step {done[-1]} " in said
+        steps = [[(row["step"], row["loss"]) for row in read_metrics(one / "metrics.jsonl")] for one in (whole, folder)]
+        assert steps[0] == steps[1]
+        models = [load_file(one / "model/model.safetensors") for one in (whole, folder)]
+        assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def test_a_process_that_is_killed_ends_the_other(workshop):
     job = Job(path, [*EVERY, "train.epochs=60", "data.workers=1", "out=killed"], signal=signal.SIGKILL, after=2)
     first, second = (start_alone(job, workshop, rank, 2, port) for rank in range(2))
     try:
-        assert second.wait(timeout=120) == -signal.SIGKILL
+        assert second.wait(timeout=300) == -signal.SIGKILL
         began = time.monotonic()
         _, said = first.communicate(timeout=60)
         assert time.monotonic() - began < 60
