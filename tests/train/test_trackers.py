@@ -105,7 +105,7 @@ def test_a_tracker_that_fails_is_said_once_and_counted(tmp_path):
 
 def test_a_missing_package_is_told_before_anything_else(monkeypatch, recipe_file):
     monkeypatch.setattr(room, "find_spec", lambda _name: None)
-    with pytest.raises(RunError, match="run.trackers: wandb not installed: pip install wandb"):
+    with pytest.raises(RunError, match=r"run\.trackers: wandb not installed: pip install wandb"):
         check_trackers(["wandb"])
     with pytest.raises(RunError, match="tensorboard not installed"):
         train_alone(recipe_file(), "run.trackers=[tensorboard]", "model=no-such-model")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from traceback import clear_frames
 from typing import Any, TextIO
 
 from lapilli.base import atomic
@@ -27,8 +28,10 @@ from lapilli.train.manifest import manifest
 from lapilli.train.metrics import MetricsFile, read_metrics
 from lapilli.train.non_finite import Guard
 from lapilli.train.parallel.world import ALONE, ProcessLost, World
+from lapilli.train.plan.advice import advise, is_out_of_memory
+from lapilli.train.rehearse import rehearse
 from lapilli.train.report import write_report
-from lapilli.train.setup import Prepared, Say, prepare
+from lapilli.train.setup import Prepared, Say, Survey, prepare
 from lapilli.train.state import read_state, set_random
 from lapilli.train.tensors import Saved
 from lapilli.train.trackers import Trackers
@@ -60,13 +63,36 @@ def train_stage(
     `origins` says where each value of the recipe came from. `resume`: `auto`, `never` or a checkpoint folder. With
     `dry_run` everything is checked and said, nothing written. Live lines go to `stream` (default: standard error).
     `evaluate` is called after every step. The processes of `world` train together; the first one writes and evaluates.
-    Raises LapilliError for what can't be trained, before anything is written, and RunError for a non-finite loss.
+    Raises LapilliError for what can't be trained, before anything is written, and RunError for a non-finite loss, or
+    with advice where memory is used up.
     """
-    with world.together():
-        ready = prepare(stage, resume, say, stream, write_index=not dry_run, world=world)
-    say(_plan(ready))
     if dry_run:
-        return Outcome(0, ready.total_steps)
+        found = rehearse(stage, resume, say, stream, world)
+        say(_plan(stage, found, world))
+        return Outcome(0, found.total_steps)
+    lost: BaseException
+    try:
+        return _train_stage(stage, origins, resume, say, stream, evaluate, world)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        lost = error
+    clear_frames(lost.__traceback__)  # what the step held is needed no more
+    raise RunError(advise(stage, world.size, lost)) from lost
+
+
+def _train_stage(
+    stage: Stage,
+    origins: Mapping[str, str],
+    resume: str,
+    say: Say,
+    stream: TextIO | None,
+    evaluate: Evaluate | None,
+    world: World,
+) -> Outcome:
+    with world.together():
+        ready = prepare(stage, resume, say, stream, world=world)
+    say(_plan(stage, ready, world))
 
     def take_folder() -> None:
         held.enter_context(only_writer(ready.folder.path, say))
@@ -155,19 +181,15 @@ def _save_what_is_done(loop: Loop, say: Say) -> None:
             say(f"stopped by an error after step {loop.done}, which is saved; the same command goes on from there")
 
 
-def _plan(ready: Prepared) -> str:
-    train, per_epoch = ready.stage.train, ready.loader.steps_per_epoch
-    visited = ready.loader.samples_per_epoch
+def _plan(stage: Stage, ready: Prepared | Survey, world: World) -> str:
+    per_epoch, visited = ready.loader.steps_per_epoch, ready.loader.samples_per_epoch
     mixed = f", {visited:,} samples by weight" if visited != len(ready.corpus) else ""
+    engine = ready.engine if isinstance(ready.engine, str) else ready.engine.name
     return (
-        f"{ready.total_steps:,} steps of {train.global_batch_size} samples ({per_epoch:,} per epoch{mixed}), "
-        f"{ready.stage.run.precision} on {ready.device.describe()}{_processes(ready)}"
+        f"{ready.total_steps:,} steps of {stage.train.global_batch_size} samples ({per_epoch:,} per epoch{mixed}), "
+        f"{stage.run.precision} on {ready.device.describe()}"
+        + ("" if world.size == 1 else f", {world.size} processes ({engine})")
     )
-
-
-def _processes(ready: Prepared) -> str:
-    size, name = ready.engine.world.size, ready.engine.name
-    return "" if size == 1 else f", {size} processes ({name})"
 
 
 def _go_on(ready: Prepared, average: Average | None, guard: Guard, facts: dict[str, Any], say: Say) -> int:

@@ -46,6 +46,21 @@ NAMED_RECORDS = 3
 """Records that a line of what was left out names; `left_out.jsonl` names all of them."""
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What is known of a run before its weights are read."""
+
+    folder: RunFolder
+    device: Device
+    engine: str
+    how: Reading
+    corpus: Corpus
+    validation: Corpus | None
+    loader: TrainLoader
+    total_steps: int
+    shapes: tuple[Shape, ...]
+
+
 @dataclass
 class Prepared:
     """A run that is ready for its next step."""
@@ -80,6 +95,38 @@ def prepare(
     The processes of `world` do so together, inside `world.together()`; the first one decides about the folder and
     makes the index.
     """
+    found = survey(stage, resume, say, stream, write_index=write_index, world=world)
+    device, how = found.device, found.how
+    # 6. The weights; which of them train, at which precision, where.
+    loaded = load_weights(stage, device)
+    make_trainable(loaded.model, stage, how)
+    settle(loaded.model, stage.run, device, say)
+    if stage.run.compile:
+        say(f"compiled when they first run: {compile_layers(loaded.model, device)} layers")
+    parts = table(loaded.model)
+    say(describe_parts(parts))
+    # 7. What drives the training, as soon as every process has come so far: the engine sends weights.
+    world.exchange(None)
+    engine = make_engine(found.engine, LossModule(loaded.model, how.spec.image), world, stage.run, device.device)
+    if not world.first:  # after new weights were drawn, the same everywhere: dropout differs
+        device.seed(stage.run.seed + world.rank)
+    optimizer = engine.optimizer(stage.train)
+    return Prepared(
+        stage, found.folder, device, how, loaded, found.corpus, found.validation, found.loader, engine, optimizer,
+        parts, found.total_steps, found.shapes,
+    )  # fmt: skip
+
+
+def survey(
+    stage: Stage,
+    resume: str,
+    say: Say,
+    stream: TextIO | None = None,
+    *,
+    write_index: bool = True,
+    world: World = ALONE,
+) -> Survey:
+    """Find out and check all that needs no weights; `prepare` goes on from there, a rehearsal stops there."""
     # 1. The folder: new, or an interrupted run of this very recipe; and that the files it names are there.
     folder = _agreed_folder(stage, resume, world)
     check_files([stage])
@@ -108,23 +155,7 @@ def prepare(
         say(describe_shapes(shapes, corpus, stage.train.global_batch_size))
     loader = training_loader(stage, how, corpus, stage.data.train, world=world, shapes=shapes)
     loader.total_steps = total_steps = count_steps(stage, loader.steps_per_epoch)
-    # 6. The weights; which of them train, at which precision, where.
-    loaded = load_weights(stage, device)
-    make_trainable(loaded.model, stage, how)
-    settle(loaded.model, stage.run, device, say)
-    if stage.run.compile:
-        say(f"compiled when they first run: {compile_layers(loaded.model, device)} layers")
-    parts = table(loaded.model)
-    say(describe_parts(parts))
-    # 7. What drives the training, as soon as every process has come so far: the engine sends weights.
-    world.exchange(None)
-    engine = make_engine(engine_wanted, LossModule(loaded.model, how.spec.image), world, stage.run, device.device)
-    if not world.first:  # after new weights were drawn, the same everywhere: dropout differs
-        device.seed(stage.run.seed + world.rank)
-    optimizer = engine.optimizer(stage.train)
-    return Prepared(
-        stage, folder, device, how, loaded, corpus, validation, loader, engine, optimizer, parts, total_steps, shapes
-    )
+    return Survey(folder, device, engine_wanted, how, corpus, validation, loader, total_steps, shapes)
 
 
 def _agreed_folder(stage: Stage, resume: str, world: World) -> RunFolder:

@@ -1,0 +1,235 @@
+"""From a traced step to bytes on each device, by part and by engine.
+
+What is held between steps is arithmetic: weights, gradients, optimiser, split or not. What is held within a step comes
+from the trace. On the CPU the heap's own waste is played through; on other devices it is a share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field, replace
+from math import ceil
+
+from torch import nn
+
+from lapilli.model.vision import find_layers
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.recipe.schema import Run, Train
+from lapilli.train.plan.heap import BESIDE, Heap
+from lapilli.train.plan.trace import GRADIENT, Traced
+
+STATE_BYTES = {"adamw": 8.0, "adamw_bf16": 4.0, "adamw_8bit": 2.02, "sgd": 0.0}
+"""Bytes of optimiser state for each trained weight; `sgd` with momentum has 4."""
+PROCESS_BYTES = {"cpu": 400 * 2**20, "cuda": 700 * 2**20}
+"""What a process takes before it has a model: Python and libraries in the CPU's memory, CUDA's context on a GPU."""
+WORKER_BYTES = 250 * 2**20
+"""Of a data worker's own: what it writes to of the pages it was forked with, and the batches it holds ready."""
+KEPT_SHARE = 0.05
+"""What CUDA's allocator holds beyond what is alive, as a share of it; not measured on every kind of device."""
+BUCKET_BYTES = 2**26
+"""Gradients in flight at once (`ddp`), or being reduced (`deepspeed`)."""
+_STEPS = (0.85, 0.95, 0.9, 1.0, 0.97, 1.0)
+"""Sizes of the micro-batches, against the heaviest, that the heap is played with: it grows when they change."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of weights, and what they take as they are stored."""
+
+    trained: int
+    frozen: int
+    trained_bytes: int
+    frozen_bytes: int
+    largest_layer: int
+    """Weights of the largest unit that a sharding engine gathers at once."""
+    outside: int
+    """Weights that stand in no layer: embeddings, output layer, projector."""
+    each_trained: tuple[int, ...] = ()
+    """Weights of each trained tensor, for the heap."""
+
+
+def measure(model: VisionLanguageModel) -> Sizes:
+    """Count a model that is frozen as it will train; ties count once."""
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    frozen = [p for p in parameters if not p.requires_grad]
+    layers = list(_layers(model))
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+    return Sizes(
+        sum(p.numel() for p in trained),
+        sum(p.numel() for p in frozen),
+        sum(p.numel() * p.element_size() for p in trained),
+        sum(p.numel() * p.element_size() for p in frozen),
+        max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0),
+        sum(p.numel() for p in parameters if id(p) not in inside),
+        tuple(p.numel() for p in trained),
+    )
+
+
+def _layers(model: VisionLanguageModel) -> Iterator[nn.Module]:
+    yield from find_layers(model.language_model)
+    yield from find_layers(model.vision_encoder)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is carried out: `processes`, one per device, of `kind` cpu or cuda."""
+
+    kind: str
+    processes: int
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes by part, on each device, and what the engine keeps in its machine's memory for each process."""
+
+    engine: str
+    checkpointing: str
+    device: dict[str, int]
+    host: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return sum(self.device.values())
+
+
+def needs(
+    engine: str, checkpointing: str, sizes: Sizes, traced: Traced, micro_batches: float, train: Train, run: Run,
+    place: Place,
+) -> Needs:  # fmt: skip
+    """What each device holds at its worst moment.
+
+    `engine` is `single`, `ddp`, `fsdp`, `fsdp+offload`, `zero1`, `zero2`, `zero3` or `zero3+offload`.
+    """
+    parts = _split(engine, sizes, train, run, place.processes)
+    device = {"weights": parts.weights, "gradients": parts.gradients, "optimiser": parts.optimizer}
+    host = {"optimiser and weights": parts.host} if parts.host else {}
+    if train.average_decay is not None:
+        device["moving average"] = 4 * sizes.trained
+    logits = traced.peak["logits"] if traced.peak else 0
+    device["activations"] = traced.peak_activations - logits + parts.gathered
+    if engine.startswith(("fsdp", "zero")):  # their weights are cast layer by layer, and not kept
+        device["activations"] -= min(traced.casts, device["activations"])
+    device["logits"] = logits
+    if ceil(micro_batches) == 1 and engine == "single":
+        # Gradients come while activations go.
+        device["gradients"] = max(0, max(parts.gradients, traced.peak_bytes) - traced.peak_activations)
+    state = device["gradients"] + device["optimiser"] + device["activations"] + logits
+    if place.kind == "cpu":
+        grown = heap_bytes(traced, sizes, micro_batches, train)
+        own = parts_alive(traced, sizes, micro_batches, train)
+        device["held by the allocator"] = int(state * max(0.0, grown / max(1, own) - 1))
+        device["process"] = PROCESS_BYTES["cpu"]
+        if place.workers:
+            device["data workers"] = WORKER_BYTES * place.workers
+    else:
+        device["held by the allocator"] = int(state * KEPT_SHARE)
+        device["process"] = PROCESS_BYTES["cuda"]
+        if place.workers:
+            host["data workers"] = WORKER_BYTES * place.workers
+    return Needs(engine, checkpointing, device, host)
+
+
+@dataclass(frozen=True)
+class _Split:
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int = 0
+    host: int = 0
+
+
+def state_bytes(train: Train) -> float:
+    """Bytes of the optimiser's state for each trained weight."""
+    return 4.0 if train.optimizer == "sgd" and train.momentum else STATE_BYTES[train.optimizer]
+
+
+def _split(engine: str, sizes: Sizes, train: Train, run: Run, n: int) -> _Split:
+    whole, state = sizes.trained_bytes + sizes.frozen_bytes, int(state_bytes(train) * sizes.trained)
+    gradients = 4 * sizes.trained
+    half = 2 if run.precision == "bf16" else 4
+    # Units beside the one that computes are fetched ahead, and what stands in no layer stays for the whole pass.
+    gathered = half * (2 * sizes.largest_layer + sizes.outside)
+    match engine:
+        case "single":
+            return _Split(whole, gradients, state)
+        case "ddp":
+            return _Split(whole, gradients, state, 2 * BUCKET_BYTES)
+        case "fsdp" | "fsdp+offload":
+            shards = run.fsdp.frozen == "shard"
+            frozen = sizes.frozen_bytes // n if shards else sizes.frozen_bytes
+            own = _Split(sizes.trained_bytes // n + frozen, gradients // n, state // n, gathered)
+        case "zero1":
+            return _Split(_held(sizes, half) + _master(sizes, half, n), half * sizes.trained, state // n)
+        case "zero2":
+            own = _Split(_held(sizes, half) + _master(sizes, half, n), gradients // n, state // n, 2 * BUCKET_BYTES)
+        case _:
+            held = (_held(sizes, half) // n) + _master(sizes, half, n)
+            own = _Split(held, gradients // n, state // n, gathered + 2 * BUCKET_BYTES)
+    if engine.endswith("+offload"):
+        kept = sizes.frozen_bytes if engine.startswith("fsdp") and run.fsdp.frozen == "replicate" else 0
+        host = own.weights - kept + own.gradients + own.optimizer
+        return replace(own, weights=kept, gradients=0, optimizer=0, host=host)
+    return own
+
+
+def _held(sizes: Sizes, half: int) -> int:
+    """Weights as DeepSpeed computes with them."""
+    return half * (sizes.trained + sizes.frozen)
+
+
+def _master(sizes: Sizes, half: int, n: int) -> int:
+    """DeepSpeed's fp32 copy of a process's part, beside weights in bf16."""
+    return 4 * sizes.trained // n if half == 2 else 0
+
+
+def parts_alive(traced: Traced, sizes: Sizes, micro_batches: float, train: Train) -> int:
+    """Most that is alive at once beside the weights, of one process that has everything."""
+    state = int(state_bytes(train) * sizes.trained)
+    if ceil(micro_batches) > 1:
+        return state + 4 * sizes.trained + traced.peak_activations
+    return state + max(4 * sizes.trained, traced.peak_bytes)
+
+
+def heap_bytes(traced: Traced, sizes: Sizes, micro_batches: float, train: Train) -> int:
+    """How large the heap of a process on the CPU grows beside its weights, played through over a few steps."""
+    heap = Heap()
+    trained = {4 * count for count in sizes.each_trained}
+    gradients: list[Hashable] = []
+    for step, scale in enumerate(_STEPS):
+        for key in gradients:
+            heap.free(key)
+        gradients = []
+        for number in range(min(ceil(micro_batches), 2)):
+            gradients += _pass(heap, traced, (step, number), scale, trained, kept=number == 0)
+        if step == 0:
+            for place, count in enumerate(sizes.each_trained):
+                for key, size in enumerate(_states(train, count)):
+                    heap.take(("state", place, key), size)
+    return int(heap.high * BESIDE)
+
+
+def _states(train: Train, count: int) -> list[int]:
+    """Bytes of each state tensor of a trained tensor."""
+    whole = int(state_bytes(train) * count)
+    return [whole // 2] * 2 if train.optimizer != "sgd" else [whole] if whole else []
+
+
+def _pass(
+    heap: Heap, traced: Traced, name: tuple[int, int], scale: float, trained: set[int], *, kept: bool
+) -> list[Hashable]:
+    """Play one micro-batch; return its gradients where they are `kept`, else they are added to those there are."""
+    gradients: list[Hashable] = []
+    for number, size in traced.events:
+        key = (*name, number)
+        if size == GRADIENT:
+            if kept:
+                gradients.append(key)
+            else:
+                heap.free(key)
+        elif size:
+            heap.take(key, size if size in trained else int(size * scale) or 1)
+        else:
+            heap.free(key)
+    return gradients
