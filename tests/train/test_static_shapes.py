@@ -26,9 +26,11 @@ from lapilli.model.config import LapilliConfig
 from lapilli.model.language import probe_language
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.recipe.load import load_recipe
+from lapilli.train.device.cpu import Cpu
 from lapilli.train.loss import LossModule
 from lapilli.train.metrics import read_metrics
 from lapilli.train.parallel.single import Single
+from lapilli.train.recompute import compile_layers
 from lapilli.train.run import train_stage
 from lapilli.train.step import accumulate
 
@@ -198,3 +200,28 @@ def test_shapes_that_can_not_be_are_refused(recipe_file):
         run(path, "run.static_shapes=2", *mean)
     with pytest.raises(RecipeError, match="more than tokens_per_micro_batch 300"):
         run(path, "run.static_shapes=2", "train.tokens_per_micro_batch=300")
+
+
+@pytest.mark.slow
+def test_compiled_layers_are_compiled_once_for_each_shape(tiny_step, image_spec):
+    compiled = []
+
+    class Counting(Cpu):
+        def compile_options(self):
+            return {"backend": lambda graph, _inputs: compiled.append(graph) or graph.forward, "dynamic": False}
+
+    model, _ = make_model("llama")
+    examples, tiles = tiny_step(40)
+    batches, shapes = fixed(examples, tiles, count=3)
+    loss, plain = gradients(model, image_spec, batches)
+    torch._dynamo.reset()
+    assert compile_layers(model, Counting()) == 3
+    compiled.clear()  # what was compiled to see whether anything can be
+    for _ in range(2):
+        again, made = gradients(model, image_spec, batches)
+        assert again == pytest.approx(loss, rel=1e-5)
+        for name, gradient in plain.items():
+            assert torch.allclose(made[name], gradient, rtol=1e-4, atol=1e-6), name
+    # One program for each shape of the encoder's layer, and one for each of the language model's.
+    assert 0 < len(compiled) <= 2 * len(shapes) == 6
+    torch._dynamo.reset()
