@@ -20,6 +20,7 @@ VERBS = {
     "recipe": ("lapilli.cli.recipe", "Write a recipe from a training command of LLaVA's kind."),
     "train": ("lapilli.cli.train", "Train a model as a recipe says."),
     "launch": ("lapilli.cli.launch", "Start a run in several processes: here, by SLURM, or in a cloud."),
+    "plan": ("lapilli.cli.plan", "Say what a recipe needs, memory and time, before anything is loaded."),
     "doctor": ("lapilli.cli.doctor", "Say what this machine has for training and serving, and what is missing."),
     "chat": ("lapilli.cli.chat", "Talk with a model about pictures, in the terminal."),
     "serve": ("lapilli.cli.serve", "Serve models over HTTP, as OpenAI's API."),
