@@ -39,8 +39,8 @@ def test_a_killed_process_brings_all_back_and_a_signal_stops_all(workshop):
         try:
             _wait_for_steps(metrics, 12, said)
             os.kill(_worker(launcher.pid, rank=1), signal.SIGKILL)
-            # It goes back to the newest checkpoint: until it has passed this step again, there are fewer lines.
-            _wait_for_steps(metrics, 12, said, after=lambda: "going on after step" in said.read_text())
+            # More steps than the killed processes can have done: the restarted ones are at work.
+            _wait_for_steps(metrics, 40, said, after=lambda: "going on after step" in said.read_text())
             launcher.terminate()
             began = time.monotonic()
             assert launcher.wait(timeout=60) == 128 + signal.SIGTERM, said.read_text()
