@@ -146,7 +146,7 @@ def test_llava_bench_joins_reference_and_context_by_id(tmp_path):
     assert job.questions[0].groups == {"category": "conv"}
     results = score(job, [lines(tmp_path / "a.jsonl", [{"question_id": k, "text": "t"} for k in (1, 0)])])
     assert results.protocols == {}
-    assert any("scored elsewhere" in note for note in results.notes)
+    assert any("free text is for a judge" in note for note in results.notes)
     with pytest.raises(DataError, match=r'1 question \("1"\) .*without a record in .*answers_gpt4'):
         open_job(task, bench_folder(tmp_path / "e", references=(0,)), ["llava"])
     twice = bench_folder(tmp_path / "g")
