@@ -1,5 +1,6 @@
 """Batches of fixed shapes teach what packed ones teach, and a device that compiles sees no more shapes than those."""
 
+import json
 import os
 from collections import defaultdict
 from contextlib import nullcontext
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.support.processes import Job, run_together
+from tests.support.runs import assert_learned_the_same, make_workshop, train_alone
 from tests.train.conftest import IMAGE_TOKEN, LAYOUT, VOCABULARY
 from transformers import AutoModelForCausalLM as Causal
 from transformers import (
@@ -225,3 +228,21 @@ def test_compiled_layers_are_compiled_once_for_each_shape(tiny_step, image_spec)
     # One program for each shape of the encoder's layer, and one for each of the language model's.
     assert 0 < len(compiled) <= 2 * len(shapes) == 6
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_two_processes_in_fixed_shapes_learn_what_one_does_packed(base, tmp_path):
+    path = str(make_workshop(tmp_path, base) / "recipe.yaml")
+    given = (
+        f"data.validation={tmp_path}/held-out.json", "train.validate_every=2", "train.max_steps=4", "train.freeze=full",
+        "train.optimizer=sgd", "train.learning_rate=0.1",
+    )  # fmt: skip
+    alone = train_alone(path, *given, out=str(tmp_path / "alone"))
+    shapes = ("run.static_shapes=3", "train.tokens_per_micro_batch=1024")
+    engines = ("ddp", "fsdp")
+    jobs = [Job(path, [*given, *shapes, f"run.engine={engine}", f"out={tmp_path / engine}"]) for engine in engines]
+    for said in run_together(jobs, tmp_path):
+        assert [one["stopped_by"] for one in said] == [None, None]
+    for engine in engines:
+        assert json.loads((tmp_path / engine / "run.json").read_text())["engine"] == engine
+        assert_learned_the_same(tmp_path / engine, alone)
