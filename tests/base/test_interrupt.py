@@ -2,18 +2,16 @@
 
 import os
 import signal
+import subprocess
 
 import pytest
 
 from lapilli.base.interrupt import WISHES, StopWish
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def handlers():
-    before = {number: signal.getsignal(number) for number in WISHES}
-    yield before
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    return {number: signal.getsignal(number) for number in WISHES}
 
 
 @pytest.mark.parametrize("number", WISHES)
@@ -43,3 +41,6 @@ def test_a_signal_that_comes_after_the_others_have_stopped_does_not_end_the_proc
     os.kill(os.getpid(), signal.SIGUSR1)
     os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) == handlers[signal.SIGINT]
+    other = subprocess.Popen(["sleep", "60"])
+    other.terminate()
+    assert other.wait(timeout=10) == -signal.SIGTERM, "what it starts may still be ended"

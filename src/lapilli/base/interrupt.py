@@ -34,9 +34,13 @@ class StopWish:
     ) -> None:
         for number, handler in self._before.items():
             deaf = self._for_good and self.signal is not None and number != signal.SIGINT
-            signal.signal(number, signal.SIG_IGN if deaf else handler)  # type: ignore[arg-type]
+            signal.signal(number, _ignore if deaf else handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = self.signal or signal.Signals(number).name
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Unlike SIG_IGN, it is not handed on to programs that this process starts."""
