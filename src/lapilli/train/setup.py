@@ -139,15 +139,15 @@ def survey(
         say(line)
     check_optimizer(stage.train, engine_wanted, device.device)
     check_weights(stage, engine_wanted, device.device)
-    _settle(stage, device)
+    settle_process(stage, device)
     # 3. Names and shapes that the model's folder gives: template, image mode, tokenizer.
     how = reading(stage, *read_description(str(stage.model)))
     # 4. All data, every record of it; what is found is kept for the next run that reads them so.
-    corpus = _agreed_corpus(stage.data.train, stage, how, write_index, stream, world)
+    corpus = agreed_corpus(stage.data.train, stage, how, write_index, stream, world)
     say(describe_corpus("training data", corpus))
     validation = None
     if stage.data.validation:
-        validation = _agreed_corpus(stage.data.validation, stage, how, write_index, stream, world)
+        validation = agreed_corpus(stage.data.validation, stage, how, write_index, stream, world)
         say(describe_corpus("validation data", validation))
     # 5. What each step is made of.
     shapes = fixed_shapes(stage, device, [corpus] if validation is None else [corpus, validation])
@@ -169,7 +169,7 @@ def _agreed_folder(stage: Stage, resume: str, world: World) -> RunFolder:
     return RunFolder(Path(str(stage.out)), None if start is None else Path(start))
 
 
-def _agreed_corpus(
+def agreed_corpus(
     sources: Sequence[Source],
     stage: Stage,
     how: Reading,
@@ -240,7 +240,8 @@ def count_steps(stage: Stage, steps_per_epoch: int) -> int:
     return stage.train.max_steps or math.ceil(stage.train.epochs * steps_per_epoch)
 
 
-def _settle(stage: Stage, device: Device) -> None:
+def settle_process(stage: Stage, device: Device) -> None:
+    """Set threads, determinism and seeds as the stage asks for."""
     if stage.run.threads is not None:
         torch.set_num_threads(stage.run.threads)
     torch.use_deterministic_algorithms(False)

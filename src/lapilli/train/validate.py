@@ -1,38 +1,170 @@
-"""Validation loss: the mean over all supervised tokens of held-out data, whatever the training loss's arithmetic."""
+"""Validation loss: the mean over all supervised tokens of held-out data, whatever the training loss's arithmetic.
+
+A run computes it of the weights that it trains; `validate_stage` computes it of any model folder or checkpoint, in any
+number of processes, with the same loader and the same module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
 
 import torch
 
-from lapilli.train.setup import Prepared, training_loader, training_mode
+from lapilli.assemble.load import load
+from lapilli.base.errors import RecipeError, RunError
+from lapilli.base.progress import Progress
+from lapilli.data.corpus import Corpus
+from lapilli.data.loader import TrainLoader
+from lapilli.model.vlm import VisionLanguageModel
+from lapilli.recipe.files import check_files
+from lapilli.recipe.schema import Stage
+from lapilli.train.device.choose import Device, choose_device
+from lapilli.train.loss import LossModule
+from lapilli.train.parallel.ddp import Ddp
+from lapilli.train.parallel.single import Single
+from lapilli.train.parallel.world import ALONE, World
+from lapilli.train.precision import settle
+from lapilli.train.reading import Reading, read_description, reading
+from lapilli.train.setup import (
+    Prepared,
+    Say,
+    agreed_corpus,
+    describe_corpus,
+    make_trainable,
+    settle_process,
+    training_loader,
+    training_mode,
+)
+from lapilli.train.state import read_state
+from lapilli.train.tensors import Saved
+from lapilli.train.weights import load_weights
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Validation:
+    """The loss of a model over held-out data."""
+
+    model: str
+    loss: float
+    perplexity: float
+    """exp(loss); infinite where that can't be held."""
+    supervised_tokens: int
+    samples: int
+    precision: str
+    processes: int
+    step: int | None = None
+    """The step that a checkpoint was saved after."""
+
+
 def validation_loss(ready: Prepared) -> float:
     """Return the loss per supervised token over the whole of `ready.validation`; the model trains on as before.
 
     The processes of a run share the data.
     """
     assert ready.validation is not None
-    model, engine, world = ready.loaded.model, ready.engine, ready.engine.world
-    total, count = 0.0, 0.0
-    model.eval()
-    sources = ready.stage.data.validation
+    engine, world, sources = ready.engine, ready.engine.world, ready.stage.data.validation
+    ready.loaded.model.eval()
     with world.together():
         loader = training_loader(
             ready.stage, ready.how, ready.validation, sources, order="sequential", world=world, shapes=ready.shapes
         )
+    total, count = _sums(loader, engine, ready.device, ready.stage.run.precision)
+    training_mode(ready.loaded.model)
+    engine.resting()
+    return _mean(world, total, count)
+
+
+@torch.no_grad()
+def _sums(
+    loader: TrainLoader, engine: Single, device: Device, precision: str, progress: Progress | None = None
+) -> tuple[float, float]:
+    """This process's sum of losses, and of the weights of their tokens."""
+    total, count = 0.0, 0.0
+    with engine.world.together():
         steps = iter(loader)
-    for _ in range(len(loader)):
-        with world.together():
+    for number in range(len(loader)):
+        with engine.world.together():
             passes = engine.level(next(steps).batches)
         with engine.passing():
             for batch, pictures in passes:
-                with ready.device.autocast(ready.stage.run.precision):
-                    loss = engine.module(batch.to(ready.device.device), pictures)
-                ready.device.cut_graph()
+                with device.autocast(precision):
+                    loss = engine.module(batch.to(device.device), pictures)
+                device.cut_graph()
                 total += float(loss)
                 count += batch.weight
-    training_mode(model)
-    engine.resting()
+        if progress is not None:
+            progress.update(number + 1, f"loss {total / count:.4f}" if count else "")
+    return total, count
+
+
+def _mean(world: World, total: float, count: float) -> float:
     parts = world.exchange([total, count])
     total, count = (sum(column) for column in zip(*parts, strict=True))
     return total / count if count else 0.0
+
+
+def validate_stage(
+    stage: Stage, model: str, *, say: Say = lambda _line: None, stream: TextIO | None = None, world: World = ALONE
+) -> Validation:
+    """Return the loss of `model` over the stage's `data.validation`; nothing is written but the index of the data.
+
+    `model` is a model folder, a run folder with its model, or a checkpoint (`checkpoints/step-...`) of a run of this
+    stage, whose other weights come from `stage.model`. Every process holds the whole model, whatever `run.engine`.
+    Raises RecipeError without held-out data, and LapilliError for what can't be read.
+    """
+    if not stage.data.validation:
+        raise RecipeError(
+            f"stage {stage.name}: data.validation names nothing; give it, as in data.validation=held.json"
+        )
+    saved = (Path(model) / "state.json").is_file()
+    read = stage.model_copy(update={"model": stage.model if saved else model})
+    with world.together():
+        check_files([stage])
+        device = choose_device(stage.run.device, world.local_rank, stage.run.hpu_mode)
+        settle_process(stage, device)
+        how = reading(read, *read_description(str(read.model)))
+        corpus = agreed_corpus(stage.data.validation, read, how, True, stream, world)
+        say(describe_corpus("validation data", corpus))
+        engine = _whole(read, model if saved else None, how, device, world, say)
+        loader = training_loader(stage, how, corpus, stage.data.validation, order="sequential", world=world)
+    with Progress("validating: step", len(loader), stream=stream) as progress:
+        total, count = _sums(loader, engine, device, stage.run.precision, progress)
+    return _outcome(stage, model, corpus, _mean(world, total, count), world, saved)
+
+
+def _whole(stage: Stage, checkpoint: str | None, how: Reading, device: Device, world: World, say: Say) -> Single:
+    """The model in this process, as its folder has it, or with a checkpoint's weights in it."""
+    whole = stage.model_copy(update={"run": stage.run.model_copy(update={"engine": "auto"})})
+    loaded = load(str(stage.model), dtype=torch.float32) if checkpoint is None else load_weights(stage, device)
+    model: VisionLanguageModel = loaded.model
+    if checkpoint is None:
+        model.requires_grad_(False)
+    else:
+        make_trainable(model, stage, how)
+    settle(model, whole.run, device, say)
+    model.eval()
+    made = LossModule(model, how.spec.image)
+    engine = Single(made, world) if world.size == 1 else Ddp(made, world)
+    if checkpoint is not None:
+        engine.load_weights(Saved(Path(checkpoint)))
+    return engine
+
+
+def _outcome(stage: Stage, model: str, corpus: Corpus, loss: float, world: World, saved: bool) -> Validation:
+    if not math.isfinite(loss):
+        raise RunError(f"{model}: the validation loss is {loss}; look at the model's weights and run.precision")
+    sequence: Sequence[int] = corpus.index.supervised.tolist()
+    return Validation(
+        model=model,
+        loss=loss,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        supervised_tokens=sum(sequence),
+        samples=len(corpus),
+        precision=stage.run.precision,
+        processes=world.size,
+        step=read_state(Path(model)).step if saved else None,
+    )
