@@ -21,6 +21,7 @@ VERBS = {
     "train": ("lapilli.cli.train", "Train a model as a recipe says."),
     "launch": ("lapilli.cli.launch", "Start a run in several processes: here, by SLURM, or in a cloud."),
     "plan": ("lapilli.cli.plan", "Say what a recipe needs, memory and time, before anything is loaded."),
+    "validate": ("lapilli.cli.validate", "Say the validation loss of a model or checkpoint."),
     "doctor": ("lapilli.cli.doctor", "Say what this machine has for training and serving, and what is missing."),
     "chat": ("lapilli.cli.chat", "Talk with a model about pictures, in the terminal."),
     "serve": ("lapilli.cli.serve", "Serve models over HTTP, as OpenAI's API."),
