@@ -24,8 +24,11 @@ def validate(
 ) -> None:
     """Print loss and perplexity of a model over a recipe's held-out data, on one device or, by torchrun, on several."""
     from lapilli.recipe.load import load_recipe
+    from lapilli.train.device.hpu_mode import settle_mode
 
     loaded = load_recipe(recipe, overrides or [])
+    for one in loaded.recipe.stages:
+        settle_mode(one.run.device, one.run.hpu_mode)  # before PyTorch is imported
 
     from lapilli.base import atomic
     from lapilli.run.validate import validate_recipe
