@@ -39,6 +39,7 @@ from lapilli.train.setup import (
     training_loader,
     training_mode,
 )
+from lapilli.train.shapes import fixed_shapes
 from lapilli.train.state import read_state
 from lapilli.train.tensors import Saved
 from lapilli.train.weights import load_weights
@@ -130,7 +131,10 @@ def validate_stage(
         corpus = agreed_corpus(stage.data.validation, read, how, True, stream, world)
         say(describe_corpus("validation data", corpus))
         engine = _whole(read, model if saved else None, how, device, world, say)
-        loader = training_loader(stage, how, corpus, stage.data.validation, order="sequential", world=world)
+        shapes = fixed_shapes(stage, device, [corpus])
+        loader = training_loader(
+            stage, how, corpus, stage.data.validation, order="sequential", world=world, shapes=shapes
+        )
     with Progress("validating: step", len(loader), stream=stream) as progress:
         total, count = _sums(loader, engine, device, stage.run.precision, progress)
     return _outcome(stage, model, corpus, _mean(world, total, count), world, saved)
