@@ -62,6 +62,8 @@ class Checkpoints:
         self.world = engine.world
         self.saved = 0
         """Checkpoints written."""
+        self.last: int | None = None
+        """Steps in the last one, written or being written; None if that failed."""
         self.waited_seconds = 0.0
         """How long the run stood still for them."""
         self._written: Future[None] | None = None
@@ -99,6 +101,7 @@ class Checkpoints:
         tensors = chain(self.engine.state(self.optimizer), self._more())
         copy = self.background or self.engine.gathers
         staged = stage(tensors, self.world.rank, self.world.size, copy=copy)
+        self.last = state.step
         self._written = self._thread.submit(self._write, path, staged, draft, state, random)
         if not self.background:
             with self.world.together():
@@ -133,6 +136,7 @@ class Checkpoints:
         if self._written is None:
             return
         written, self._written = self._written, None
+        last, self.last = self.last, None
         try:
             written.result()
         except (OSError, RunError) as error:
@@ -141,6 +145,7 @@ class Checkpoints:
             ) from error
         except RuntimeError as error:  # what torch.distributed raises for closed connections
             raise ProcessLost(f"{self._folder}: another process is gone while it was written: {error}") from error
+        self.last = last
         self.saved += 1
 
     def _begin(self) -> atomic.Draft:

@@ -54,7 +54,7 @@ class Loop:
         self.average, self.guard, self.facts, self.done = average, guard, facts, done
         self.world = ready.engine.world
         self.monitor = Monitor(ready.total_steps)
-        self.saved = done
+        checkpoints.last = done
         self.waited = 0.0
         self.validated: float | None = None
         """The validation loss after the last step, if that was computed."""
@@ -168,15 +168,16 @@ class Loop:
         return row
 
     def save(self) -> None:
-        """Write the state after the last step that was done, if it is not written yet."""
-        if self.saved == self.done:
-            return
+        """Write the state after the last step that was done, if that is not written or being written yet."""
+        with self.world.together():
+            # A save may have failed in one process alone.
+            if all(self.world.exchange(self.checkpoints.last == self.done)):
+                return
         ready = self.ready
         if self.metrics is not None:
             self.metrics.make_durable()
         bad = () if ready.loader.quarantine is None else tuple(ready.loader.quarantine.found.values())
         self.checkpoints.save(State(self.done, self.facts, bad, tuple(self.guard.skipped), self.validated))
-        self.saved = self.done
 
     def _saving(self) -> dict[str, Any]:
         """How long training stood still for a checkpoint since the row before, if it did."""

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,7 +72,7 @@ def write(folder: Path, staged: Staged, group: dist.ProcessGroup | None) -> None
     """
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=staged.files, save_distributed=True)
     writer.per_thread_copy_ahead = 0  # it would start the first GPU from every process's thread
-    with _reasons():
+    try:
         dcp.save(
             staged.tensors,
             storage_writer=writer,
@@ -81,6 +80,9 @@ def write(folder: Path, staged: Staged, group: dist.ProcessGroup | None) -> None
             process_group=group,
             no_dist=group is None,
         )
+    except CheckpointException as error:
+        reason, said = _reason(error)
+        raise reason if isinstance(reason, OSError) else RunError(said) from error
 
 
 @dataclass(frozen=True)
@@ -173,26 +175,18 @@ def unwarned() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _reasons() -> Iterator[None]:
-    """What failed in one process, where torch.distributed.checkpoint only says that something did."""
-    try:
-        yield
-    except CheckpointException as error:
-        rank, (reason, _trace) = min(error.failures.items(), key=_rank)
-        if isinstance(reason, OSError):
-            raise reason from error
-        raise RunError(f"process {rank}: {type(reason).__name__}: {reason}") from error
-
-
-def _rank(failure: tuple[int, Any]) -> int:
-    return failure[0]
+def _reason(error: CheckpointException) -> tuple[BaseException, str]:
+    """What failed in the first process where something did, and how to say it."""
+    rank = min(error.failures)
+    reason, _trace = error.failures[rank]
+    return reason, f"process {rank}: {type(reason).__name__}: {reason}"
 
 
 @contextmanager
 def _named(folder: Path) -> Iterator[None]:
     try:
-        with _reasons():
-            yield
+        yield
+    except CheckpointException as error:
+        raise RunError(f"{folder}: can't be read: {_reason(error)[1]}") from error
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise RunError(f"{folder}: can't be read: {error}") from error
