@@ -36,6 +36,7 @@ from lapilli.train.parallel.single import Single
 from lapilli.train.recompute import compile_layers
 from lapilli.train.run import train_stage
 from lapilli.train.step import accumulate
+from lapilli.train.validate import validate_stage
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -246,3 +247,14 @@ def test_two_processes_in_fixed_shapes_learn_what_one_does_packed(base, tmp_path
     for engine in engines:
         assert json.loads((tmp_path / engine / "run.json").read_text())["engine"] == engine
         assert_learned_the_same(tmp_path / engine, alone)
+
+
+@pytest.mark.slow
+def test_a_model_is_validated_in_fixed_shapes_too(recipe_file):
+    given = ["data.validation=held-out.json", "train.tokens_per_micro_batch=1024"]
+    losses = []
+    for more in ([], ["run.static_shapes=2"]):
+        (stage,) = load_recipe(recipe_file(""), given + more).recipe.stages
+        with open(os.devnull, "w") as stream:
+            losses.append(validate_stage(stage, str(stage.model), stream=stream).loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
