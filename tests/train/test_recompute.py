@@ -7,9 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lapilli.base.errors import RunError
 from lapilli.model.freeze import apply_freeze
-from lapilli.recipe.schema import Run, Stage, Train
-from lapilli.train.loss import LossModule
+from lapilli.recipe.schema import Lora, Run, Stage, Train
 from lapilli.train.device.cpu import Cpu
+from lapilli.train.loss import LossModule
 from lapilli.train.recompute import check_compile, compile_layers, keep_for_backward
 from lapilli.train.setup import training_mode
 
@@ -90,8 +90,8 @@ def test_layers_of_frozen_parts_keep_nothing_anyway(tiny_model):
     assert not any(getattr(m, "gradient_checkpointing", False) for m in model.vision_encoder.modules())
 
 
-def stage(checkpointing="none", **run):
-    return Stage(train=Train(gradient_checkpointing=checkpointing), run=Run(compile=True, **run))
+def stage(checkpointing="none", lora=None, **run):
+    return Stage(train=Train(lora=lora, gradient_checkpointing=checkpointing), run=Run(compile=True, **run))
 
 
 def test_what_does_not_go_with_compiling_is_refused():
@@ -100,18 +100,20 @@ def test_what_does_not_go_with_compiling_is_refused():
         check_compile(stage(deterministic=True), "single")
     with pytest.raises(RunError, match=r"use none or full"):
         check_compile(stage(checkpointing="selective"), "single")
+    with pytest.raises(RunError, match=r"bitsandbytes' layers can't be compiled"):
+        check_compile(stage(lora=Lora(quantise="nf4")), "single")
     with pytest.raises(RunError, match=r"run.engine: fsdp is not tested; use single or ddp"):
         check_compile(stage(), "fsdp")
 
 
 @pytest.mark.slow
-def test_without_a_compiler_the_remedy_is_named(tiny_model, monkeypatch):
+def test_without_a_compiler_the_remedy_is_named(tiny_model):
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
-    monkeypatch.setattr(config, "force_disable_caches", True)
     torch._dynamo.reset()
-    with pytest.raises(RunError, match=r"nothing can be compiled for cpu here; it needs a C\+\+ compiler"):
+    absent = config.patch({"cpp.cxx": (None, "no-such-compiler")})
+    words = r"(?s)nothing can be compiled for cpu here; it needs a C\+\+ compiler.*no-such-compiler"
+    with absent, torch.compiler.config.patch(force_disable_caches=True), pytest.raises(RunError, match=words):
         compile_layers(tiny_model(), Cpu())
 
 

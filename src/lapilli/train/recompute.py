@@ -79,6 +79,8 @@ def check_compile(stage: Stage, engine: str) -> None:
             "run.compile with train.gradient_checkpointing: selective: the compiler itself computes again what is "
             "cheap; use none or full"
         )
+    if stage.train.lora is not None and stage.train.lora.quantise is not None:
+        raise RunError("run.compile with train.lora.quantise: bitsandbytes' layers can't be compiled; use one of them")
     if engine not in ("single", "ddp"):
         raise RunError(f"run.compile with run.engine: {engine} is not tested; use single or ddp")
 
@@ -143,7 +145,8 @@ def _try(device: torch.device, options: dict[str, Any]) -> None:
     try:
         torch.compile(lambda x: torch.sin(x) + 1, **options)(torch.ones(8, device=device))
     except (RuntimeError, OSError, ImportError) as error:
+        said = " ".join(str(error).strip().splitlines()[:2])
         raise RunError(
             f"run.compile: nothing can be compiled for {device.type} here; it needs a C++ compiler (g++ or $CXX) with "
-            f"Python's headers, and Triton for CUDA. {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            f"Python's headers, and Triton for CUDA. {type(error).__name__}: {said}"
         ) from error
