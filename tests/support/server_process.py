@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-_URL = re.compile(r" at (http://\S+/v1)$")
+_URL = re.compile(r" at (http://\S+)$")
 
 
 @dataclass
@@ -34,7 +34,9 @@ class ServerProcess:
 @contextmanager
 def serving(*arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[ServerProcess]:
     """Start `lapilli serve` on a free port and wait until it listens; killed at the end if it still runs."""
-    command = [sys.executable, "-m", "lapilli.cli", "serve", "--port", "0", "--device", "cpu", *arguments]
+    command = [sys.executable, "-m", "lapilli.cli", "serve", *arguments, "--port", "0"]
+    if arguments[0] != "controller":
+        command += ["--device", "cpu"]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     )

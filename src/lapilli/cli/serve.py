@@ -1,16 +1,29 @@
-"""`lapilli serve`: models behind OpenAI's API, for any client of it."""
+"""`lapilli serve`: models behind OpenAI's API, for any client of it; and the parts of LLaVA's cluster, as sub-verbs."""
 
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from lapilli.base.errors import RunError
 from lapilli.cli.held import held
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+_API = "models"
 
 
-@app.command()
+class _Serve(TyperGroup):
+    """What is no sub-verb is a model, served by the API; a folder of a sub-verb's name is given as ./NAME."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in self.commands:
+            args = [_API, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=_Serve, add_completion=False, rich_markup_mode=None)
+
+
+@app.command(_API, epilog="Parts of LLaVA's cluster: `lapilli serve controller --help`, `lapilli serve worker --help`.")
 def serve(
     models: Annotated[
         list[str],
@@ -69,22 +82,114 @@ def serve(
     serving = _import_server()
     bound = serving.bind(host, port)  # before the wait for models
 
-    import logging
-
-    import torch
-
     from lapilli.serve.models import name_models, open_models
     from lapilli.serve.remote import RemotePictures
 
     named = name_models(models)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("lapilli").setLevel(logging.INFO)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    _log()
+    device = _device(device)
     remote = RemotePictures(image_bytes) if allow_image_urls else None
     how: dict[str, Any] = {"base": base, "device": device, "template": template, "quantise": bits}
     opened = open_models(named, limits, remote=remote, **how)
     serving.serve(opened, keys, limits, bound, lambda url: typer.echo(f"{', '.join(opened)} at {url}", err=True))
+
+
+@app.command()
+def controller(
+    host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 21001,
+    dispatch_method: Annotated[str, typer.Option(help="shortest_queue or lottery.")] = "shortest_queue",
+    api_key_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Keys that may ask, one a line; or LAPILLI_API_KEY.")
+    ] = None,
+) -> None:
+    """LLaVA's controller: knows the workers, and says which one a question goes to."""
+    from lapilli.serve.settings import Limits, check_address, own_key, read_keys
+
+    if dispatch_method not in ("shortest_queue", "lottery"):
+        raise RunError(f"--dispatch-method {dispatch_method}: give shortest_queue or lottery")
+    keys = read_keys(api_key_file)
+    check_address(host, keys)
+    serving = _import_server()
+    bound = serving.bind(host, port)
+
+    from lapilli.serve.cluster.controller import Controller
+    from lapilli.serve.cluster.controller_app import make_controller_app
+
+    _log()
+    table = Controller(dispatch_method, own_key(), anywhere=bool(keys))
+    app = make_controller_app(table, keys, Limits())
+    serving.serve_app(app, bound, 60.0, lambda: _say(f"controller at {serving.root_of(bound)}"))
+
+
+@app.command()
+def worker(
+    model_path: Annotated[str, typer.Option(metavar="DIR", help="Model folder, run folder, or adapters.")],
+    model_base: Annotated[str | None, typer.Option(metavar="DIR", help="Model that adapters were trained on.")] = None,
+    model_name: Annotated[str | None, typer.Option(help="What it is called; its folder's name if not given.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 21002,
+    worker_address: Annotated[
+        str | None, typer.Option("--worker-address", "--worker", help="How the controller reaches it.")
+    ] = None,
+    controller_address: Annotated[str, typer.Option("--controller-address", "--controller")] = "http://127.0.0.1:21001",
+    no_register: Annotated[bool, typer.Option("--no-register", help="Tell no controller.")] = False,
+    api_key_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Keys that may ask, one a line; or LAPILLI_API_KEY.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one.")] = "auto",
+    limit_model_concurrency: Annotated[int, typer.Option(min=1, help="Answers that grow at a time.")] = 16,
+    load_8bit: Annotated[bool, typer.Option("--load-8bit", help="Hold the language model in 8 bits.")] = False,
+    load_4bit: Annotated[bool, typer.Option("--load-4bit", help="Hold it in 4 bits, NF4.")] = False,
+    multi_modal: Annotated[bool, typer.Option("--multi-modal", hidden=True)] = False,
+    stream_interval: Annotated[int | None, typer.Option(hidden=True)] = None,
+    use_flash_attn: Annotated[bool, typer.Option("--use-flash-attn", hidden=True)] = False,
+) -> None:
+    """LLaVA's worker: a model that a controller sends questions to."""
+    from lapilli.serve.settings import Limits, check_address, own_key, read_keys
+
+    bits = held(load_8bit, load_4bit)
+    for flag, given in (("--multi-modal", multi_modal), ("--stream-interval", stream_interval is not None),
+                        ("--use-flash-attn", use_flash_attn)):  # fmt: skip
+        if given:
+            _say(f"{flag} is taken from old command lines and has no effect")
+    keys = read_keys(api_key_file)
+    check_address(host, keys)
+    serving = _import_server()
+    bound = serving.bind(host, port)
+
+    from lapilli.serve.cluster.worker_app import Registration, make_worker_app
+    from lapilli.serve.models import name_models, open_models
+
+    limits = Limits(slots=limit_model_concurrency)
+    _log()
+    named = name_models([f"{model_name}={model_path}" if model_name else model_path])
+    (model,) = open_models(named, limits, device=_device(device), base=model_base, quantise=bits).values()
+    address = (worker_address or serving.root_of(bound)).rstrip("/")
+    registration = None if no_register else Registration(controller_address, address, own_key())
+    app = make_worker_app(model, keys, limits, registration)
+    serving.serve_app(app, bound, limits.drain_seconds, lambda: _say(f"{model.name}, worker at {address}"))
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _log() -> None:
+    import logging
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("lapilli").setLevel(logging.INFO)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _import_server() -> Any:

@@ -67,6 +67,9 @@ class Processor:
         self.limits = limits
         self._conversations = loaded.encoder()
         self._texts = Encoder(self.tokenizer, _VERBATIM, self.layout, self.image_token)
+        self._rendered = Encoder(
+            self.tokenizer, _VERBATIM, self.layout, self.image_token, im_start_end=self.im_start_end
+        )
 
     @property
     def pad_token_id(self) -> int:
@@ -108,6 +111,18 @@ class Processor:
         """
         messages, pictures = read_chat(chat, cast(Any, images))
         return self._prompt(self._conversations, messages, pictures)
+
+    def rendered(self, text: str, pictures: Sequence[Picture] | Sequence[Prepared] = ()) -> Prompt:
+        """Prepare a text that a template has rendered, with `<image>` where each picture stands.
+
+        A model built with `im_start_end` gets its marks around each of them. Raises DataError if places and pictures
+        disagree in number.
+        """
+        run = list(split_placeholders(text, *{self.image_token, IMAGE_PLACEHOLDER}))
+        places = sum(isinstance(part, Image) for part in run)
+        if places != len(pictures):
+            raise DataError(_disagreement("text", places, len(pictures)))
+        return self._prompt(self._rendered, (Message("user", tuple(run)),), pictures)
 
     def picture(self, picture: Picture) -> Prepared:
         """Open and tile a picture. Raises DataError if it can't be used."""

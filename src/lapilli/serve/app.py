@@ -40,7 +40,7 @@ def make_app(models: Mapping[str, Served], keys: Keys, limits: Limits) -> Guard:
         loop = asyncio.get_running_loop()
 
         def post(made: Sequence[tuple[Wanted, Event]]) -> None:
-            loop.call_soon_threadsafe(_hand_out, made)
+            loop.call_soon_threadsafe(hand_out, made)
 
         for model in models.values():
             model.worker.start(post)
@@ -54,7 +54,7 @@ def make_app(models: Mapping[str, Served], keys: Keys, limits: Limits) -> Guard:
 
     app = FastAPI(title="lapilli", version=VERSION, lifespan=life, docs_url=None, redoc_url=None)
     for error in (ApiError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(error, _refuse)
+        app.add_exception_handler(error, refuse)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -80,7 +80,8 @@ def make_app(models: Mapping[str, Served], keys: Keys, limits: Limits) -> Guard:
     return Guard(app, keys, limits, metrics)
 
 
-def _hand_out(made: Sequence[tuple[Wanted, Event]]) -> None:
+def hand_out(made: Sequence[tuple[Wanted, Event]]) -> None:
+    """Give what a step made to those who wait for it, in the event loop."""
     for wanted, event in made:
         wanted.take(event)
 
@@ -106,7 +107,7 @@ def _gauges(models: Mapping[str, Served]) -> dict[str, Any]:
     }
 
 
-async def _refuse(_: Request, error: Exception) -> Response:
+async def refuse(_: Request, error: Exception) -> Response:
     """Any error, in OpenAI's shape. One that nobody foresaw says nothing of itself; the log has it."""
     if isinstance(error, ApiError):
         refusal = error

@@ -154,10 +154,8 @@ async def complete(
 class EventStream(Response):
     """Sends events as they are made, and closes their `Pending` whatever happens."""
 
-    media_type = "text/event-stream"
-
-    def __init__(self, pending: Pending, lines: Any) -> None:
-        self.status_code, self.background = 200, None
+    def __init__(self, pending: Pending, lines: Any, media_type: str = "text/event-stream") -> None:
+        self.status_code, self.background, self.media_type = 200, None, media_type
         self._pending, self._lines = pending, lines
         self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
 

@@ -23,7 +23,10 @@ log = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health"})
 """Paths that need no key: what a load balancer asks."""
-_PATHS = frozenset({"/health", "/metrics", "/v1/models", "/v1/chat/completions", "/openapi.json"})
+_PATHS = frozenset({"/health", "/metrics", "/v1/models", "/v1/chat/completions", "/openapi.json", "/register_worker",
+                    "/refresh_all_workers", "/list_models", "/get_worker_address", "/receive_heart_beat",
+                    "/worker_generate_stream", "/worker_get_status"})  # fmt: skip
+_ASKING = ("/v1/", "/worker_generate_stream")
 _CALLERS = 10_000
 """Callers whose rate is remembered; beyond them the one that was silent longest is forgotten."""
 _POLITE_BYTES = 256 << 20
@@ -38,9 +41,10 @@ class _Body:
 
 
 class Guard:
-    """An ASGI application around another one."""
+    """An ASGI application around another one. With `bare_posts` a POST without a body need not be JSON."""
 
-    def __init__(self, app: Any, keys: Keys, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, app: Any, keys: Keys, limits: Limits, metrics: Metrics, *, bare_posts: bool = False) -> None:
+        self._bare_posts = bare_posts
         self._app, self._keys, self._limits, self._metrics = app, keys, limits, metrics
         self._rates: OrderedDict[str, tuple[float, float]] = OrderedDict()
         self._held = 0
@@ -97,7 +101,7 @@ class Guard:
             if found is None:
                 raise ApiError(401, "wrong API key, or none: send Authorization: Bearer KEY", code="invalid_api_key")
             caller = f"key {found}"
-        if self._limits.requests_per_minute is not None and scope["path"].startswith("/v1/"):
+        if self._limits.requests_per_minute is not None and scope["path"].startswith(_ASKING):
             self._pace(caller, self._limits.requests_per_minute)
 
     def _pace(self, caller: str, per_minute: int) -> None:
@@ -117,7 +121,8 @@ class Guard:
     async def _read(self, scope: Any, receive: Any, body: _Body) -> None:
         """Read the body into `body`. Raises ApiError for one that is too large, too slow or not JSON."""
         headers = {name: value for name, value in scope["headers"]}
-        if scope["method"] in ("GET", "HEAD"):
+        bare = self._bare_posts and headers.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in headers
+        if scope["method"] in ("GET", "HEAD") or bare:
             most = 0
         else:
             most = self._limits.body_bytes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Sequence
 from threading import Lock
 from typing import Any
 
@@ -63,6 +64,26 @@ class Reader:
             self._engine.check(prompt)
         except ModelError as error:
             raise invalid(str(error), "messages", "context_length_exceeded") from error
+        return prompt
+
+    def read_rendered(self, text: str, files: Sequence[bytes]) -> Prompt:
+        """The prompt of a text that is rendered already, `<image>` where each of the pictures stands.
+
+        Raises ApiError for pictures and texts that can't be used.
+        """
+        limits = self._limits
+        if any(len(data) > limits.image_bytes for data in files):
+            raise ApiError(413, f"a picture is larger than {limits.image_bytes:,} bytes", code="image_too_large")
+        try:
+            pictures = [self._processor.picture(data) for data in files]
+            with self._tokenizer:
+                prompt = self._processor.rendered(text, pictures)
+        except DataError as error:
+            raise invalid(str(error)) from error
+        try:
+            self._engine.check(prompt)
+        except ModelError as error:
+            raise invalid(str(error), code="context_length_exceeded") from error
         return prompt
 
     def fetches(self, request: ChatRequest) -> bool:

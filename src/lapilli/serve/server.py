@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import uvicorn
 
@@ -44,18 +45,29 @@ def bind(host: str, port: int) -> socket.socket:
     return made
 
 
+def root_of(bound: socket.socket) -> str:
+    """The address of a socket, for clients."""
+    host, port = bound.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def url_of(bound: socket.socket) -> str:
     """The API's address on a socket, as clients' `base_url`."""
-    host, port = bound.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    return f"{root_of(bound)}/v1"
 
 
 def serve(
     models: Mapping[str, Served], keys: Keys, limits: Limits, bound: socket.socket, ready: Callable[[str], None]
 ) -> None:
     """Serve until the process is asked to stop; `ready` is called with the API's address once it listens."""
+    url = url_of(bound)
+    serve_app(make_app(models, keys, limits), bound, limits.drain_seconds, lambda: ready(url))
+
+
+def serve_app(app: Any, bound: socket.socket, drain_seconds: float, ready: Callable[[], None]) -> None:
+    """Serve an ASGI application until the process is asked to stop; `ready` is called once it listens."""
     config = uvicorn.Config(
-        make_app(models, keys, limits),
+        app,
         log_config=None,
         access_log=False,
         lifespan="on",
@@ -63,8 +75,7 @@ def serve(
         proxy_headers=False,  # who asks must not be what a header says
         server_header=False,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=max(1, round(limits.drain_seconds)),
+        timeout_graceful_shutdown=max(1, round(drain_seconds)),
     )
-    url = url_of(bound)
     with StopWish():  # uvicorn raises the signal again when it has stopped
-        _Server(config, lambda: ready(url)).run(sockets=[bound])
+        _Server(config, ready).run(sockets=[bound])

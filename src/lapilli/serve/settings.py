@@ -90,6 +90,11 @@ def read_keys(file: Path | str | None, environment: Mapping[str, str] = os.envir
     return Keys.of(keys)
 
 
+def own_key(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The key that this process itself shows to the other parts of a cluster: `LAPILLI_API_KEY`."""
+    return environment.get(KEY_VARIABLE, "").strip() or None
+
+
 def check_address(host: str, keys: Keys) -> None:
     """Raise RunError for an address that others can reach while everybody may ask."""
     if not keys and not is_loopback(host):
