@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 WIDTH, HEIGHT = 720, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
+NARROW = 440
+"""Width of a chart that stands beside another."""
+LEFT, RIGHT, TOP, BOTTOM = 72, 12, 12, 40
 MAX_POINTS = 600
 """Points that a curve keeps; a longer one is thinned to the mean of equal runs."""
 
@@ -38,6 +40,7 @@ th { font-weight: 600; } td.n, th.n { text-align: right; }
 figure { margin: 0 0 1rem; } svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; } svg .grid { stroke: var(--rule); }
 svg polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; } svg .legend { fill: var(--ink); }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 0 1.2rem; }
 .grid-of { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .9rem; }
 .card { background: var(--panel); border-radius: 8px; padding: .7rem; font-size: .9rem; overflow-wrap: anywhere; }
 .card .pictures { display: flex; gap: .4rem; } .card img { width: 100%; min-width: 0; border-radius: 4px;
@@ -135,11 +138,17 @@ def data_uri(file: bytes) -> str:
 
 
 def line_chart(
-    curves: Mapping[str, Sequence[tuple[float, float]]], x_label: str = "step", y_label: str = "loss"
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    x_label: str = "step",
+    y_label: str = "loss",
+    *,
+    marks: Mapping[str, Sequence[float]] | None = None,
+    width: int = WIDTH,
 ) -> Html:
     """Curves of (x, y) points over common axes, as inline SVG; the y axis begins at 0 when values come near it.
 
-    Points that are not finite are left out and break the curve.
+    Points that are not finite are left out and break the curve. `marks` are places on the x axis, by name; `width` is
+    that of the drawing in its own units, for charts that stand side by side.
     """
     finite = [(x, y) for points in curves.values() for x, y in points if math.isfinite(x) and math.isfinite(y)]
     if not finite:
@@ -151,7 +160,7 @@ def line_chart(
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+        return LEFT + across * (width - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
     parts = [_axes(x_ticks, y_ticks, place(x_ticks[0], y_ticks[0]), place(x_ticks[-1], y_ticks[-1]), x_label, y_label)]
     for i, (name, points) in enumerate(curves.items()):
@@ -162,9 +171,20 @@ def line_chart(
             if len(run) == 1:
                 x, y = place(*run[0])
                 parts.append(Html(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" style="fill:{colour}"/>'))
-        parts.append(_legend(name, i, colour))
+        parts.append(_legend(name, i, colour, width))
+    for i, (name, places) in enumerate((marks or {}).items(), len(curves)):
+        colour = f"var(--c{i % 5})"
+        inside = [x for x in places if x_ticks[0] <= x <= x_ticks[-1]]
+        parts += [_mark(place(x, y_ticks[0])[0], colour) for x in inside]
+        if inside:
+            parts.append(_legend(name, i, colour, width))
     label = f"{y_label} by {x_label}: {', '.join(curves)}"
-    return tag("figure", tag("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label))
+    return tag("figure", tag("svg", *parts, viewBox=f"0 0 {width} {HEIGHT}", role="img", aria_label=label))
+
+
+def side_by_side(*charts: object) -> Html:
+    """Charts in rows of two where the page is wide enough; draw them `NARROW` wide."""
+    return tag("div", *charts, class_="charts")
 
 
 def write_page(path: str | Path, content: str) -> None:
@@ -199,11 +219,19 @@ def _axes(
     return join(*parts)
 
 
-def _legend(name: str, place: int, colour: str) -> Html:
+def _mark(x: float, colour: str) -> Html:
+    """A short stroke that stands on the x axis."""
+    foot = HEIGHT - BOTTOM
+    return Html(
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{foot}" y2="{foot - 12}" style="stroke:{colour};stroke-width:2"/>'
+    )
+
+
+def _legend(name: str, place: int, colour: str, width: int) -> Html:
     y = TOP + 12 + 17 * place
-    line = Html(f'<line x1="{WIDTH - 168}" x2="{WIDTH - 148}" y1="{y - 4}" y2="{y - 4}" '
+    line = Html(f'<line x1="{width - 168}" x2="{width - 148}" y1="{y - 4}" y2="{y - 4}" '
                 f'style="stroke:{colour};stroke-width:2.5"/>')  # fmt: skip
-    return join(line, tag("text", name, x=str(WIDTH - 142), y=str(y), class_="legend"))
+    return join(line, tag("text", name, x=str(width - 142), y=str(y), class_="legend"))
 
 
 def _ticks(low: float, high: float) -> list[float]:

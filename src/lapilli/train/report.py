@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lapilli.base.html import Html, join, line_chart, page, section, table, tag, write_page
+from lapilli.base.html import NARROW, Html, join, line_chart, page, section, side_by_side, table, tag, write_page
 from lapilli.base.progress import duration
 from lapilli.train.monitor import compact
 from lapilli.train.setup import Prepared
@@ -19,7 +19,15 @@ def loss_section(heading: str, rows: Sequence[dict[str, Any]]) -> Html:
     held_out = [(r["step"], r["validation_loss"]) for r in rows if r.get("validation_loss") is not None]
     if held_out:
         curves["validation"] = held_out
-    return section(heading, line_chart(curves))
+    marks = {
+        "skipped": [r["step"] for r in rows if "skipped" in r],
+        "saved": [r["step"] - 1 for r in rows if _saved(r)],
+    }
+    return section(heading, line_chart(curves, marks=marks))
+
+
+def _saved(row: dict[str, Any]) -> bool:
+    return row.get("save_seconds") is not None
 
 
 def evaluation_section(rows: Sequence[dict[str, Any]]) -> Html:
@@ -28,13 +36,46 @@ def evaluation_section(rows: Sequence[dict[str, Any]]) -> Html:
     if not tasks:
         return join()
     charts: list[Html] = []
+    missing: list[Html] = []
     for name in tasks:
         found = [(row["step"], row["evaluation"][name]) for row in rows if name in row.get("evaluation", {})]
         points = [(step, score) for step, score in found if score is not None]
-        charts.append(line_chart({name: points}, y_label="score"))
+        charts.append(line_chart({name: points}, y_label="score", width=NARROW))
         if len(points) < len(found):
-            charts.append(tag("p", f"{name}: no score at {len(found) - len(points)} of {len(found)} evaluations"))
-    return section("Evaluation", *charts)
+            missing.append(tag("p", f"{name}: no score at {len(found) - len(points)} of {len(found)} evaluations"))
+    return section("Evaluation", side_by_side(*charts), *missing)
+
+
+def learning_section(rows: Sequence[dict[str, Any]]) -> Html:
+    """Learning rate and gradient norm of every step."""
+    return section(
+        "Learning rate and gradient norm",
+        side_by_side(
+            line_chart({"learning rate": _curve(rows, "learning_rate")}, y_label="learning rate", width=NARROW),
+            line_chart({"before clipping": _curve(rows, "grad_norm")}, y_label="gradient norm", width=NARROW),
+        ),
+    )
+
+
+def machine_section(rows: Sequence[dict[str, Any]]) -> Html:
+    """What the machine did in every step: throughput, memory, waiting for data, standing still for checkpoints."""
+    steps = [row for row in rows if row["seconds"]]
+    speed = [(r["step"], r["tokens"] / r["seconds"]) for r in steps]
+    waits = [(r["step"], 100 * r["wait_seconds"] / r["seconds"]) for r in steps]
+    memory = [(r["step"], r["memory_bytes"] / 2**30) for r in rows]
+    times = {"whole step": [(r["step"], r["seconds"]) for r in rows]}
+    saved = [(r["step"], r["save_seconds"]) for r in rows if r.get("save_seconds") is not None]
+    if saved:
+        times["waiting to save"] = saved
+    return section(
+        "Throughput, memory, waiting",
+        side_by_side(
+            line_chart({"tokens per second": speed}, y_label="tokens/s", width=NARROW),
+            line_chart(times, y_label="seconds", width=NARROW),
+            line_chart({"peak so far": memory}, y_label="GiB", width=NARROW),
+            line_chart({"waiting for data": waits}, y_label="% of a step", width=NARROW),
+        ),
+    )
 
 
 def write_report(ready: Prepared, rows: Sequence[dict[str, Any]]) -> None:
@@ -70,8 +111,8 @@ def write_report(ready: Prepared, rows: Sequence[dict[str, Any]]) -> None:
         f"lapilli: {stage.name}",
         loss_section("Loss", rows),
         evaluation_section(rows),
-        section("Learning rate", line_chart({"learning rate": _curve(rows, "learning_rate")}, y_label="learning rate")),
-        section("Gradient norm", line_chart({"before clipping": _curve(rows, "grad_norm")}, y_label="gradient norm")),
+        learning_section(rows),
+        machine_section(rows),
         section("Totals", table(("", ""), [(tag("span", name), str(value)) for name, value in totals])),
         section("What trained", table(("part", "trains", "frozen", "never run"), parts)),
         section("Left out of the data", table(("what", "records"), left_out)) if left_out else join(),
