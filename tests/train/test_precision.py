@@ -1,5 +1,8 @@
 """What a run computes in: what was asked, what was really multiplied, and which attention did it."""
 
+import io
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -8,10 +11,12 @@ from torch.nn import functional as F
 from lapilli.base.errors import ModelError, RunError
 from lapilli.model.attention import packed_attention
 from lapilli.model.freeze import apply_freeze
+from lapilli.recipe.load import load_recipe
 from lapilli.recipe.schema import Run
 from lapilli.train.device.cpu import Cpu
 from lapilli.train.loss import LossModule
 from lapilli.train.precision import Audit, settle
+from lapilli.train.run import train_stage
 
 
 class Stubborn(nn.Linear):
@@ -118,3 +123,16 @@ def test_a_wish_without_meaning_is_told(settled):
     _, said, _ = settled(tf32=True)
     assert said == ["run.tf32 means nothing on the CPU: fp32 is fp32"]
     assert not settled()[1]
+
+
+def test_a_run_prints_what_it_computed_in_after_its_first_step(recipe_file):
+    stream, said = io.StringIO(), []
+    (stage,) = load_recipe(recipe_file(), ["train.max_steps=2", "run.precision=bf16"]).recipe.stages
+    train_stage(stage, {}, say=said.append, stream=stream)
+    lines = [line for line in stream.getvalue().splitlines() if "first matrix product" in line]
+    assert len(lines) == 3
+    assert all("first matrix product bf16" in line for line in lines)
+    table = next(text for text in said if "never run" in text).splitlines()
+    assert table[0].endswith("memory  held in")
+    assert re.search(r"vision_encoder .* bf16 \S+$", table[1])
+    assert re.search(r"language_model .* fp32 \S+$", table[3])
