@@ -332,7 +332,8 @@ def _initialise(
     import deepspeed
     from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
-    taken = deepspeed.get_accelerator().device_name()
+    accelerator: Any = deepspeed.get_accelerator()
+    taken = accelerator.device_name()
     if taken != device.type:  # transformers imports it to save a model
         raise RunError(
             f"run.engine: deepspeed: DeepSpeed was imported for {taken}, and this run is on {device.type}; start with "
@@ -350,8 +351,6 @@ def _initialise(
             deepspeed.zero.Init(module=module, config_dict_or_path=config)
             for buffer in module.buffers():
                 buffer.data = buffer.data.to(device)
-        else:
-            module.to(device)
         with redirect_stdout(io.StringIO()):  # it prints its memory at every turn
             engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     except (AssertionError, ValueError, TypeError, NotImplementedError, ImportError, ZeRORuntimeException) as error:
