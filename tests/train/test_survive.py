@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,8 @@ def kill_at_random(process, folder, rng):
         time.sleep(0.001)
     time.sleep(0 if saving else rng.random() * 0.1)
     killed_in_save = bool(drafts(folder))
-    os.killpg(process.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it may be through
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     return killed_in_save
 
@@ -90,10 +92,10 @@ def survive(path, tmp_path, kills, seed):
         folders.append(folder)
         for _ in range(kills - killed):
             process = start(path, folder)
-            in_saves += kill_at_random(process, folder, rng)
+            in_save = kill_at_random(process, folder, rng)
             if process.returncode == 0:
                 break  # it was through before it was killed: another folder
-            killed += 1
+            killed, in_saves = killed + 1, in_saves + in_save
             for one in complete_checkpoints(folder / "checkpoints"):
                 assert (one / atomic.MARKER).is_file()
         if not (folder / "model").is_dir():
