@@ -34,6 +34,8 @@ KINDS = {
         "train.global_batch_size=3",
     ],
     "text_beside_pictures": ["train.freeze=full", "train.global_batch_size=2", "data.order=sequential"],
+    "averaged": ["train.average_decay=0.9", "train.export=average"],
+    "thin adapters": ["train.lora={r: 1, dropout: 0.0}", "train.optimizer=adamw", "train.learning_rate=1e-3"],
     "tied embeddings": ["train.freeze=full", "model=qwen2"],
     "padded": ["train.freeze=full", "model=mpt"],
     "asked": ["train.evaluate=[{task: any, every: 2}]", "train.save_every=null"],
@@ -55,6 +57,14 @@ BF16 = {
     "bf16 lora": ("fsdp", KINDS["lora"]),
     "bf16 lora, frozen split": ("fsdp", [*KINDS["lora"], "run.fsdp.frozen=shard"]),
 }
+GOING_ON = {
+    "fsdp from ddp": ("adamw", "fsdp", "ddp"),
+    "ddp from fsdp": ("adamw", "ddp", "adamw"),
+    "fsdp from one": ("adamw", "fsdp", "one-adamw"),
+    "fsdp from fsdp": ("thin adapters", "fsdp", "thin adapters"),
+    "average from average": ("averaged", "fsdp", "averaged"),
+}
+"""Kind of run, engine that goes on, and the run it goes on from."""
 LANGUAGE = 3
 """Units: the two layers of the language model, and the rest; where the vision encoder trains, two of its layers too."""
 UNITS = {
@@ -95,10 +105,7 @@ def test_what_can_not_be_split_is_named(tiny_model):
     with pytest.raises(RunError, match=r"can't split projector\.scale, a single number"):
         unsplit(model, Run())
     model.projector.scale.requires_grad_(False)
-    model.projector[0].weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
-    assert unsplit(model, Run()) == {model.projector.scale, model.projector[0].weight}
-    with pytest.raises(RunError, match=r"quantised weights \(projector\.0\.weight\)"):
-        unsplit(model, Run(fsdp=Fsdp(frozen="shard")))
+    assert unsplit(model, Run(fsdp=Fsdp(frozen="shard"))) == {model.projector.scale}
 
 
 @pytest.fixture(scope="module")
@@ -132,20 +139,15 @@ def alone(workshop):
 def together(workshop, alone):
     """What two processes say of all the jobs below: they are started once."""
     path = str(workshop / "recipe.yaml")
-    adamw = [*EVERY, *KINDS["adamw"]]
+    alone("adamw")
     jobs = {
         kind: Job(path, [*EVERY, FSDP, *more, f"out={kind}"], ask=kind == "asked")
         for kind, more in (KINDS | SPLIT).items()
     }
-    jobs["ddp"] = Job(path, [*adamw, "run.engine=ddp", "out=ddp"])
-    for name, engine, origin in (
-        ("fsdp from ddp", "fsdp", "ddp"),
-        ("ddp from fsdp", "ddp", "adamw"),
-        ("fsdp from one", "fsdp", alone("adamw")),
-    ):
-        jobs[name] = Job(
-            path, [*adamw, f"run.engine={engine}", f"out={name}"], resume=f"{origin}/checkpoints/step-000002"
-        )
+    jobs["ddp"] = Job(path, [*EVERY, *KINDS["adamw"], "run.engine=ddp", "out=ddp"])
+    for name, (kind, engine, origin) in GOING_ON.items():
+        more = [*EVERY, *KINDS[kind], f"run.engine={engine}", f"out={name}"]
+        jobs[name] = Job(path, more, resume=f"{origin}/checkpoints/step-000002")
     for name, (engine, more) in BF16.items():
         jobs[name] = Job(path, [*EVERY, *more, "run.precision=bf16", f"run.engine={engine}", f"out={name}"])
     jobs["not finite"] = Job(path, [*EVERY, FSDP, "train.learning_rate=1e30", "train.non_finite=bisect", "out=broken"])
@@ -167,7 +169,10 @@ def test_two_processes_learn_what_one_does(workshop, alone, together, kind):
 def test_each_process_has_its_rows_only(workshop, together, kind):
     engine = json.loads((workshop / kind / "engine.json").read_text())
     assert engine["kinds"] == ["DTensor"]
-    assert engine["trained here"] * 2 == pytest.approx(engine["trained"], rel=0.01)
+    if kind == "thin adapters":  # a matrix of one row is in one process, and nothing of it in the other
+        assert engine["trained"] < engine["trained here"] * 2 < engine["trained"] * 1.5
+    else:
+        assert engine["trained here"] * 2 == pytest.approx(engine["trained"], rel=0.01)
     assert engine["units"] == UNITS.get(kind, UNITS.get(alike(kind), LANGUAGE))
     frozen = sum(json.loads((workshop / alike(kind) / "engine.json").read_text())[k] for k in ("frozen here",))
     if "frozen split" in kind:
@@ -190,9 +195,9 @@ def test_the_first_process_asks_the_whole_model(workshop, alone, together):
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_engine(workshop, alone, together):
-    for name in ("fsdp from ddp", "ddp from fsdp", "fsdp from one"):
+    for name, (kind, _, _) in GOING_ON.items():
         assert together[name][0]["step"] == 3, together[name]
-        assert_learned_the_same(alone("adamw"), workshop / name, after=2)
+        assert_learned_the_same(alone(kind), workshop / name, after=2)
     path, checkpoint = str(workshop / "recipe.yaml"), str(workshop / "adamw/checkpoints/step-000002")
     back = train_alone(path, *EVERY, *KINDS["adamw"], resume=checkpoint, out="one-from-fsdp")
     assert_learned_the_same(alone("adamw"), back, after=2)

@@ -162,11 +162,7 @@ def unsplit(model: VisionLanguageModel, run: Run) -> set[nn.Parameter]:
     single = [name for name, p in model.named_parameters() if p.requires_grad and p.ndim == 0]
     if single:
         raise RunError(f"run.engine: fsdp can't split {single[0]}, a single number; freeze it, or use ddp")
-    whole = {p for p in model.parameters() if p.ndim == 0 or (not p.requires_grad and run.fsdp.frozen == "replicate")}
-    packed = [name for name, p in model.named_parameters() if p not in whole and not p.is_floating_point()]
-    if packed:
-        raise RunError(f"run.fsdp.frozen: shard can't split quantised weights ({packed[0]}); use replicate")
-    return whole
+    return {p for p in model.parameters() if p.ndim == 0 or (not p.requires_grad and run.fsdp.frozen == "replicate")}
 
 
 def _precision(run: Run) -> MixedPrecisionPolicy:
