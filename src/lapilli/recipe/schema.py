@@ -150,7 +150,7 @@ class Lora(Section):
     @model_validator(mode="after")
     def _quantised(self) -> "Lora":
         if self.quantise is not None and self.bias != "none":
-            raise ValueError(f"quantise: {self.quantise} with bias: {self.bias}: biases of quantised layers can't train")
+            raise ValueError(f"quantise: {self.quantise}, bias: {self.bias}: biases of quantised layers can't train")
         return self
 
 
@@ -335,8 +335,8 @@ class Run(Section):
     fsdp: Fsdp = Fsdp()
     deepspeed: DeepSpeed = DeepSpeed()
     precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16 holds trained weights in fp32 and computes in bf16; frozen weights are held in bf16. What was really computed
-    is printed after the first step."""
+    """bf16 holds trained weights in fp32 and computes in bf16; frozen weights are held in bf16. What was really
+    computed is printed after the first step."""
     tf32: bool = False
     """Let CUDA round the inputs of fp32 matrix products to TF32; without meaning elsewhere, which is said."""
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
