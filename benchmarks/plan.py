@@ -24,6 +24,7 @@ WAYS = {
     "full, checkpointing": ["train.freeze=full", "train.gradient_checkpointing=full"],
     "two micro-batches": ["train.tokens_per_micro_batch=2048"],
     "two samples": ["train.global_batch_size=2"],
+    "two samples, checkpointing": ["train.global_batch_size=2", "train.gradient_checkpointing=full"],
 }
 MEASURED = r"""
 import json, re, sys
@@ -87,7 +88,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for way in arguments.only:
         planned, measured = compare(arguments.work.absolute(), way)
-        print(f"{way:<22} planned {planned / 1e6:6,.0f} MB  measured {measured / 1e6:6,.0f} MB  "
+        print(f"{way:<27} planned {planned / 1e6:6,.0f} MB  measured {measured / 1e6:6,.0f} MB  "
               f"{planned / measured - 1:+.1%}", flush=True)  # fmt: skip
 
 

@@ -59,9 +59,7 @@ FLAGS: dict[str, Flag] = {
     "image_aspect_ratio": Flag("text", "square"),
     "image_grid_pinpoints": Flag("text", None, "the original writes it into its configuration and no more"),
     "is_multimodal": Flag("bool", None, "the original sets it itself"),
-    "lazy_preprocess": Flag(
-        "bool", None, "records are always read when they are needed, in the original too"
-    ),
+    "lazy_preprocess": Flag("bool", None, "records are always read when they are needed, in the original too"),
     "pad_max": Flag("bool", False),
     "model_max_length": Flag("int", 512),
     "group_by_modality_length": Flag("bool", False),

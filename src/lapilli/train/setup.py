@@ -319,6 +319,4 @@ def describe_parts(parts: Sequence[PartCount]) -> str:
         numbers = (compact(p.trainable), compact(p.frozen), compact(p.unused), f"{compact(p.held_bytes, 1024)}B")
         rows.append((p.part, *numbers, held))
     there = any(p.held_bytes for p in parts)
-    return "\n".join(
-        f"  {a:<16}{b:>8}{c:>8}{d:>11}" + (f"{e:>10}  {f}" if there else "") for a, b, c, d, e, f in rows
-    )
+    return "\n".join(f"  {a:<16}{b:>8}{c:>8}{d:>11}" + (f"{e:>10}  {f}" if there else "") for a, b, c, d, e, f in rows)

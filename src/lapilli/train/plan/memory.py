@@ -20,6 +20,8 @@ from lapilli.train.plan.trace import GRADIENT, Traced
 
 STATE_BYTES = {"adamw": 8.0, "adamw_bf16": 4.0, "adamw_8bit": 2.02, "sgd": 0.0}
 """Bytes of optimiser state for each trained weight; `sgd` with momentum has 4."""
+QUANTISED_BYTES = {"nf4": 0.516, "int8": 1.0}
+"""Bytes of each quantised weight, scales of its blocks included."""
 PROCESS_BYTES = {"cpu": 400 * 2**20, "cuda": 700 * 2**20}
 """What a process takes before it has a model: Python and libraries in the CPU's memory, CUDA's context on a GPU."""
 WORKER_BYTES = 250 * 2**20
@@ -48,8 +50,11 @@ class Sizes:
     """Weights of each trained tensor, for the heap."""
 
 
-def measure(model: VisionLanguageModel) -> Sizes:
-    """Count a model that is frozen as it will train; ties count once."""
+def measure(model: VisionLanguageModel, quantised: str | None = None) -> Sizes:
+    """Count a model that is frozen as it will train; ties count once.
+
+    With `quantised`, the language model's linear layers but the last are held so (`train.lora.quantise`).
+    """
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     frozen = [p for p in parameters if not p.requires_grad]
@@ -59,11 +64,21 @@ def measure(model: VisionLanguageModel) -> Sizes:
         sum(p.numel() for p in trained),
         sum(p.numel() for p in frozen),
         sum(p.numel() * p.element_size() for p in trained),
-        sum(p.numel() * p.element_size() for p in frozen),
+        int(sum(p.numel() * p.element_size() for p in frozen) - _spared(model, quantised)),
         max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0),
         sum(p.numel() for p in parameters if id(p) not in inside),
         tuple(p.numel() for p in trained),
     )
+
+
+def _spared(model: VisionLanguageModel, quantised: str | None) -> float:
+    """Bytes that quantised weights take less than those that the model has in their place."""
+    if quantised is None:
+        return 0.0
+    output, own = model.get_output_embeddings(), QUANTISED_BYTES[quantised]
+    layers = (m for m in model.language_model.modules() if isinstance(m, nn.Linear) and m is not output)
+    frozen = (layer.weight for layer in layers if not layer.weight.requires_grad)
+    return sum(weight.numel() * (weight.element_size() - own) for weight in frozen)
 
 
 def _layers(model: VisionLanguageModel) -> Iterator[nn.Module]:

@@ -64,7 +64,9 @@ class StagePlan:
             "machine": asdict(self.machine),
             "processes": self.processes,
             "workload": workload | {"heaviest": [work.tokens, work.pictures, work.supervised]},
-            "parts": [asdict(part) for part in self.parts],
+            "parts": [
+                {name: getattr(part, name) for name in ("part", "trainable", "frozen", "unused")} for part in self.parts
+            ],
             "needs": _needs_json(self.chosen),
             "fits": self.fits,
             "options": [_needs_json(one) | {"fits": one.total <= self.machine.memory_bytes} for one in self.options],
@@ -135,7 +137,7 @@ class StagePlan:
         return said
 
     def _better(self, one: Needs) -> bool:
-        return self._fits(one) and one.total < 0.97 * self.chosen.total
+        return self._fits(one) and (not self.fits or one.total < 0.97 * self.chosen.total)
 
     def _smaller_batches(self, less: bool) -> list[str]:
         """Fewer tokens at once, with the way of checkpointing that keeps least."""
@@ -221,7 +223,7 @@ def plan_stage(
         other = stage.model_copy(update={"train": stage.train.model_copy(update={"gradient_checkpointing": mode})})
         model = empty_model(origin, how)
         parts = trainable(model, other, how)
-        sizes = measure(model)
+        sizes = measure(model, None if stage.train.lora is None else stage.train.lora.quantise)
         traced[mode] = trace_micro_batch(model, other, how, workload.heaviest)
         if progress is not None:
             progress.update(number + 1)
