@@ -22,7 +22,7 @@ _SLIVER = 1032
 """Up to this size glibc keeps freed pieces for small objects."""
 BESIDE = 1.165
 """What a heap holds beyond the blocks that are played: small objects and buffers inside operations. The one number
-here that was fitted: to four runs of a 25M model (benchmarks/plan.py), which it then meets within 6 %."""
+here that was fitted: to four runs of a 25M model (benchmarks/plan.py)."""
 
 
 class Heap:

@@ -17,6 +17,7 @@ from lapilli.model.vlm import VisionLanguageModel
 from lapilli.recipe.schema import Run, Train
 from lapilli.train.plan.heap import BESIDE, Heap
 from lapilli.train.plan.trace import GRADIENT, Traced
+from lapilli.train.tensors import FILE_BYTES
 
 STATE_BYTES = {"adamw": 8.0, "adamw_bf16": 4.0, "adamw_8bit": 2.02, "sgd": 0.0}
 """Bytes of optimiser state for each trained weight; `sgd` with momentum has 4."""
@@ -131,6 +132,8 @@ def needs(
         # Gradients come while activations go.
         device["gradients"] = max(0, max(parts.gradients, traced.peak_bytes) - traced.peak_activations)
     state = device["gradients"] + device["optimiser"] + device["activations"] + logits
+    written = _checkpoint(sizes, train, run, place.processes)
+    (device if place.kind == "cpu" else host)["checkpoint being written"] = written
     if place.kind == "cpu":
         grown = heap_bytes(traced, sizes, micro_batches, train)
         own = parts_alive(traced, sizes, micro_batches, train)
@@ -144,6 +147,14 @@ def needs(
         if place.workers:
             host["data workers"] = WORKER_BYTES * place.workers
     return Needs(engine, checkpointing, device, host)
+
+
+def _checkpoint(sizes: Sizes, train: Train, run: Run, n: int) -> int:
+    """Bytes beside a run's own while its state is saved: the copy that is written meanwhile, and a file being made."""
+    state = int(state_bytes(train) * sizes.trained)
+    copied = sizes.trained_bytes + state if run.checkpoints == "async" else 0
+    # Whole tensors are dealt out to the processes too.
+    return copied // n + min(FILE_BYTES, max(sizes.trained_bytes, state) // n)
 
 
 @dataclass(frozen=True)
