@@ -126,7 +126,7 @@ def test_adapters_reach_the_encoder_only_when_asked(recipe_file, base):
 
 def test_what_can_not_be_had_is_refused_before_the_run(recipe_file, base, tmp_path, monkeypatch):
     path = recipe_file()
-    with pytest.raises(RecipeError, match=r"quantise: nf4 with bias: all"):
+    with pytest.raises(RecipeError, match=r"quantise: nf4, bias: all"):
         load_recipe(path, ["train.lora={quantise: nf4, bias: all}"])
     for more in ("train.freeze=full", "train.lora.vision=true"):
         with pytest.raises(RecipeError, match=r"quantise: int8: the vision encoder trains too"):

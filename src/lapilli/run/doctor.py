@@ -34,7 +34,7 @@ OPTIONAL = {
     "fastapi": ("lapilli serve", "serve"),
     "tensorboard": ("run.trackers: [tensorboard]", "trackers"),
     "wandb": ("run.trackers: [wandb]", "trackers"),
-    "trackio": ("run.trackers: [trackio]", "trackers"),
+    "trackio": ("run.trackers: [trackio]", "trackio"),
 }
 """Packages that some commands need: what for, and the extra that installs them."""
 

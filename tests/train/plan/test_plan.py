@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from typing import get_args
 
 import pytest
 import torch
@@ -13,11 +12,9 @@ from tests.support.runs import train_alone
 
 from lapilli.base.errors import RunError
 from lapilli.recipe.load import load_recipe
-from lapilli.recipe.schema import Train
 from lapilli.run.plan import plan_recipe
 from lapilli.train.parallel.single import Single
 from lapilli.train.plan.machine import named
-from lapilli.train.plan.memory import STATE_BYTES
 from lapilli.train.plan.plan import SEVERAL
 
 
@@ -26,10 +23,6 @@ def plan(path, *overrides, memory=80 * 10**9, processes=1):
     with open("/dev/null", "w") as stream:
         (made,) = plan_recipe(load_recipe(path, list(overrides)), machine, processes, stream=stream)
     return made
-
-
-def test_every_optimiser_has_its_size():
-    assert set(STATE_BYTES) == set(get_args(Train.model_fields["optimizer"].annotation))
 
 
 def test_engines_split_what_they_say_they_split(recipe_file):

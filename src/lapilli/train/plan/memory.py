@@ -15,12 +15,11 @@ from torch import nn
 from lapilli.model.vision import find_layers
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.recipe.schema import Run, Train
+from lapilli.train.optimizer import state_bytes_per_parameter
 from lapilli.train.plan.heap import BESIDE, Heap
 from lapilli.train.plan.trace import GRADIENT, Traced
 from lapilli.train.tensors import FILE_BYTES
 
-STATE_BYTES = {"adamw": 8.0, "adamw_bf16": 4.0, "adamw_8bit": 2.02, "sgd": 0.0}
-"""Bytes of optimiser state for each trained weight; `sgd` with momentum has 4."""
 QUANTISED_BYTES = {"nf4": 0.516, "int8": 1.0}
 """Bytes of each quantised weight, scales of its blocks included."""
 PROCESS_BYTES = {"cpu": 400 * 2**20, "cuda": 700 * 2**20}
@@ -151,7 +150,7 @@ def needs(
 
 def _checkpoint(sizes: Sizes, train: Train, run: Run, n: int) -> int:
     """Bytes beside a run's own while its state is saved: the copy that is written meanwhile, and a file being made."""
-    state = int(state_bytes(train) * sizes.trained)
+    state = int(state_bytes_per_parameter(train) * sizes.trained)
     copied = sizes.trained_bytes + state if run.checkpoints == "async" else 0
     # Whole tensors are dealt out to the processes too.
     return copied // n + min(FILE_BYTES, max(sizes.trained_bytes, state) // n)
@@ -166,13 +165,8 @@ class _Split:
     host: int = 0
 
 
-def state_bytes(train: Train) -> float:
-    """Bytes of the optimiser's state for each trained weight."""
-    return 4.0 if train.optimizer == "sgd" and train.momentum else STATE_BYTES[train.optimizer]
-
-
 def _split(engine: str, sizes: Sizes, train: Train, run: Run, n: int) -> _Split:
-    whole, state = sizes.trained_bytes + sizes.frozen_bytes, int(state_bytes(train) * sizes.trained)
+    whole, state = sizes.trained_bytes + sizes.frozen_bytes, int(state_bytes_per_parameter(train) * sizes.trained)
     gradients = 4 * sizes.trained
     half = 2 if run.precision == "bf16" else 4
     # Units beside the one that computes are fetched ahead, and what stands in no layer stays for the whole pass.
@@ -212,7 +206,7 @@ def _master(sizes: Sizes, half: int, n: int) -> int:
 
 def parts_alive(traced: Traced, sizes: Sizes, micro_batches: float, train: Train) -> int:
     """Most that is alive at once beside the weights, of one process that has everything."""
-    state = int(state_bytes(train) * sizes.trained)
+    state = int(state_bytes_per_parameter(train) * sizes.trained)
     if ceil(micro_batches) > 1:
         return state + 4 * sizes.trained + traced.peak_activations
     return state + max(4 * sizes.trained, traced.peak_bytes)
@@ -238,7 +232,7 @@ def heap_bytes(traced: Traced, sizes: Sizes, micro_batches: float, train: Train)
 
 def _states(train: Train, count: int) -> list[int]:
     """Bytes of each state tensor of a trained tensor."""
-    whole = int(state_bytes(train) * count)
+    whole = int(state_bytes_per_parameter(train) * count)
     return [whole // 2] * 2 if train.optimizer != "sgd" else [whole] if whole else []
 
 

@@ -39,7 +39,8 @@ def empty_model(origin: str | Path, how: Reading) -> VisionLanguageModel:
 
 
 def trainable(model: VisionLanguageModel, stage: Stage, how: Reading) -> Sequence[PartCount]:
-    """Freeze, adapt and store as the run would; return what trains."""
+    """Freeze, adapt and store as the run would, whatever the folder stores; return what trains."""
+    model.to(torch.float32)  # type: ignore[arg-type]
     parts = make_trainable(model, stage, how)
     if stage.run.precision == "bf16":
         for parameter in model.parameters():
