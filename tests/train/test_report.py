@@ -41,3 +41,12 @@ def test_a_runs_page_has_every_section(recipe_file):
     headings = re.findall(r"<h2>([^<]*)</h2>", page)
     assert headings[:4] == ["Loss", "Learning rate and gradient norm", "Throughput, memory, waiting", "Totals"]
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_a_run_that_goes_on_after_its_last_step_is_exported_all_the_same(recipe_file):
+    path = recipe_file()
+    folder = train_alone(path)
+    (last,) = (folder / "checkpoints").glob("step-*")
+    again = train_alone(path, resume=str(last), out=folder.parent / "again")
+    assert "No loss was recorded." in (again / "report.html").read_text()
+    assert (again / "model" / "config.json").is_file()

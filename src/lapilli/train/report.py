@@ -100,8 +100,9 @@ def write_report(ready: Prepared, rows: Sequence[dict[str, Any]]) -> None:
         ("time in steps", duration(seconds)),
         ("tokens per second", compact(tokens / seconds) if seconds else "-"),
         ("waiting for data", f"{sum(r['wait_seconds'] for r in rows) / seconds:.1%}" if seconds else "-"),
-        ("padding", f"{sum(r['padding'] for r in rows) / len(rows):.1%}"),
-        ("peak memory", compact(max(r["memory_bytes"] for r in rows), 1024)),
+        # A run that goes on after its last step, in a folder of its own, has no row.
+        ("padding", f"{sum(r['padding'] for r in rows) / len(rows):.1%}" if rows else "-"),
+        ("peak memory", compact(max(r["memory_bytes"] for r in rows), 1024) if rows else "-"),
         ("device", f"{ready.device.describe()}, {stage.run.precision}"),
     ]
     parts = [(p.part, p.trainable, p.frozen, p.unused) for p in ready.parts]
