@@ -64,6 +64,15 @@ class Terminal:
     def type(self, text):
         os.write(self._terminal, text.encode())
 
+    def interrupt(self, text):
+        """Press Ctrl-C until `text` is written: between writing its prompt and waiting, readline misses a signal."""
+        for _ in range(20):
+            self.type("\x03")
+            with contextlib.suppress(AssertionError):
+                self.expect(text, 5)
+                return
+        self.expect(text, 0.1)
+
     def status(self, seconds=60):
         """Wait for the end and return the exit status."""
         until = time.monotonic() + seconds
@@ -159,9 +168,7 @@ def test_a_conversation_at_a_terminal(root, monkeypatch, capsys):
     with Terminal(root, "model", "--image", "a picture.jpg") as screen:
         screen.expect("pictures for the first question: a picture.jpg")
         screen.expect("> ")
-        time.sleep(0.5)  # between writing its prompt and waiting, readline would miss a signal until the next key
-        screen.type("\x03")
-        screen.expect("/quit or Ctrl-D leaves")
+        screen.interrupt("/quit or Ctrl-D leaves")
         screen.type("/help\r")
         screen.expect("/save FILE")
         screen.expect("> ")
