@@ -46,10 +46,6 @@ def random_picture(width: int, height: int, seed: int = 0, mode: str = "RGB") ->
     return PIL.Image.fromarray(np.clip(np.asarray(small) + noise, 0, 255).astype(np.uint8)).convert(mode)
 
 
-@pytest.mark.skipif(
-    int(PIL.__version__.partition(".")[0]) < 13,
-    reason="recorded with Pillow 13; older ones resize up to 2/255 otherwise",
-)
 @pytest.mark.parametrize("mode", ["square", "pad", "anyres"])
 @pytest.mark.parametrize("entry", RECORDED["images"], ids=lambda e: e["file"])
 def test_pixels_equal_the_original(entry, mode):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import Lifespan
 
 from lapilli.base.version import VERSION
 from lapilli.serve.completions import complete
@@ -37,24 +38,12 @@ def make_app(models: Mapping[str, Served], keys: Keys, limits: Limits) -> Guard:
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
-        loop = asyncio.get_running_loop()
-
-        def post(made: Sequence[tuple[Wanted, Event]]) -> None:
-            loop.call_soon_threadsafe(hand_out, made)
-
-        for model in models.values():
-            model.worker.start(post)
-        try:
+        async with running(models.values()):
             yield
-        finally:
-            for model in models.values():
-                await asyncio.to_thread(model.worker.stop)
-            for pool in (readers, fetchers):
-                pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (readers, fetchers):
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    app = FastAPI(title="lapilli", version=VERSION, lifespan=life, docs_url=None, redoc_url=None)
-    for error in (ApiError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(error, refuse)
+    app = bare_app("lapilli", life)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -80,7 +69,32 @@ def make_app(models: Mapping[str, Served], keys: Keys, limits: Limits) -> Guard:
     return Guard(app, keys, limits, metrics)
 
 
-def hand_out(made: Sequence[tuple[Wanted, Event]]) -> None:
+def bare_app(title: str, life: Lifespan[FastAPI]) -> FastAPI:
+    """An application without routes, whose refusals have OpenAI's shape."""
+    app = FastAPI(title=title, version=VERSION, lifespan=life, docs_url=None, redoc_url=None)
+    for error in (ApiError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(error, _refuse)
+    return app
+
+
+@asynccontextmanager
+async def running(models: Collection[Served]) -> AsyncIterator[None]:
+    """Inside, the models' threads run, and what they make is handed out in this event loop."""
+    loop = asyncio.get_running_loop()
+
+    def post(made: Sequence[tuple[Wanted, Event]]) -> None:
+        loop.call_soon_threadsafe(_hand_out, made)
+
+    for model in models:
+        model.worker.start(post)
+    try:
+        yield
+    finally:
+        for model in models:
+            await asyncio.to_thread(model.worker.stop)
+
+
+def _hand_out(made: Sequence[tuple[Wanted, Event]]) -> None:
     """Give what a step made to those who wait for it, in the event loop."""
     for wanted, event in made:
         wanted.take(event)
@@ -107,7 +121,7 @@ def _gauges(models: Mapping[str, Served]) -> dict[str, Any]:
     }
 
 
-async def refuse(_: Request, error: Exception) -> Response:
+async def _refuse(_: Request, error: Exception) -> Response:
     """Any error, in OpenAI's shape. One that nobody foresaw says nothing of itself; the log has it."""
     if isinstance(error, ApiError):
         refusal = error

@@ -8,17 +8,13 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
-from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from lapilli.base.version import VERSION
-from lapilli.serve.app import refuse
+from lapilli.serve.app import bare_app
 from lapilli.serve.cluster.controller import Controller
 from lapilli.serve.guard import Guard
 from lapilli.serve.metrics import Metrics
-from lapilli.serve.refusal import ApiError
 from lapilli.serve.settings import Keys, Limits
 
 
@@ -51,9 +47,7 @@ def make_controller_app(controller: Controller, keys: Keys, limits: Limits) -> G
                 await watching
             await controller.close()
 
-    app = FastAPI(title="lapilli controller", version=VERSION, lifespan=life, docs_url=None, redoc_url=None)
-    for error in (ApiError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(error, refuse)
+    app = bare_app("lapilli controller", life)
 
     @app.post("/register_worker")
     async def register(body: _Registration) -> None:

@@ -10,22 +10,19 @@ import asyncio
 import base64
 import binascii
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import httpx
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
-from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from lapilli.base.errors import LapilliError
-from lapilli.base.version import VERSION
 from lapilli.generate.decoding import Decoding
-from lapilli.serve.app import hand_out, refuse
+from lapilli.serve.app import bare_app, running
 from lapilli.serve.cluster.frames import HEARTBEAT_SECONDS, WORKER_FAILED, frame
 from lapilli.serve.completions import EventStream, GoneError, Pending
 from lapilli.serve.guard import Guard
@@ -33,7 +30,7 @@ from lapilli.serve.metrics import Metrics
 from lapilli.serve.models import Served
 from lapilli.serve.refusal import ApiError
 from lapilli.serve.settings import Keys, Limits
-from lapilli.serve.worker import Event, Piece, Wanted
+from lapilli.serve.worker import Piece
 
 log = logging.getLogger(__name__)
 
@@ -93,26 +90,18 @@ def make_worker_app(model: Served, keys: Keys, limits: Limits, registration: Reg
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
-        loop = asyncio.get_running_loop()
+        async with running([model]):
+            registering = None if registration is None else asyncio.create_task(registration.keep(model))
+            try:
+                yield
+            finally:
+                if registering is not None:
+                    registering.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await registering
+        readers.shutdown(wait=False, cancel_futures=True)
 
-        def post(made: Sequence[tuple[Wanted, Event]]) -> None:
-            loop.call_soon_threadsafe(hand_out, made)
-
-        model.worker.start(post)
-        registering = None if registration is None else asyncio.create_task(registration.keep(model))
-        try:
-            yield
-        finally:
-            if registering is not None:
-                registering.cancel()
-                with suppress(asyncio.CancelledError):
-                    await registering
-            await asyncio.to_thread(model.worker.stop)
-            readers.shutdown(wait=False, cancel_futures=True)
-
-    app = FastAPI(title="lapilli worker", version=VERSION, lifespan=life, docs_url=None, redoc_url=None)
-    for error in (ApiError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(error, refuse)
+    app = bare_app("lapilli worker", life)
 
     @app.post("/worker_generate_stream")
     async def generate(body: _Ask, request: Request) -> Response:
