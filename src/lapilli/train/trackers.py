@@ -93,7 +93,7 @@ class Trackio:
         from contextlib import redirect_stdout
         from io import StringIO
 
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports] - an extra that `dev` does without: it holds Pillow below 13
 
         with redirect_stdout(StringIO()):  # it explains how its page is opened
             self._run = trackio.init(
