@@ -82,6 +82,7 @@ def serve(
     serving = _import_server()
     bound = serving.bind(host, port)  # before the wait for models
 
+    from lapilli.serve.local import LocalModels
     from lapilli.serve.models import name_models, open_models
     from lapilli.serve.remote import RemotePictures
 
@@ -91,7 +92,8 @@ def serve(
     remote = RemotePictures(image_bytes) if allow_image_urls else None
     how: dict[str, Any] = {"base": base, "device": device, "template": template, "quantise": bits}
     opened = open_models(named, limits, remote=remote, **how)
-    serving.serve(opened, keys, limits, bound, lambda url: typer.echo(f"{', '.join(opened)} at {url}", err=True))
+    names = ", ".join(opened)
+    serving.serve(LocalModels(opened), keys, limits, bound, lambda url: _say(f"{names} at {url}"))
 
 
 @app.command()

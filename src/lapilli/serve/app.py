@@ -1,10 +1,8 @@
-"""The routes of the API, and its life: engines start before the first request and stop after the last."""
+"""The routes of the API, and its life: what answers is ready before the first request and ends after the last."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,56 +13,49 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import Lifespan
 
 from lapilli.base.version import VERSION
-from lapilli.serve.completions import complete
+from lapilli.serve.backend import Backend, Card, unknown_model
 from lapilli.serve.guard import Guard
 from lapilli.serve.metrics import Metrics
-from lapilli.serve.models import Served, find
 from lapilli.serve.refusal import ApiError, from_validation
 from lapilli.serve.request import ChatRequest
 from lapilli.serve.settings import Keys, Limits
-from lapilli.serve.worker import Event, Wanted
-
-_READERS = 4
-"""Requests whose pictures are decoded at a time."""
-_FETCHERS = 8
-"""Requests whose pictures are fetched at a time."""
 
 
-def make_app(models: Mapping[str, Served], keys: Keys, limits: Limits) -> Guard:
-    """The API as an ASGI application; the models' threads run while it does."""
+def make_app(backend: Backend, keys: Keys, limits: Limits) -> Guard:
+    """The API as an ASGI application, in front of whatever answers."""
     metrics = Metrics()
-    readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reader")
-    fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetcher")
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
-        async with running(models.values()):
+        async with backend.life(metrics):
             yield
-        for pool in (readers, fetchers):
-            pool.shutdown(wait=False, cancel_futures=True)
 
     app = bare_app("lapilli", life)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        return await complete(find(models, body.model), body, request, readers, fetchers, metrics)
+        return await backend.complete(body, request)
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [_described(m) for m in models.values()]}
+        return {"object": "list", "data": [_described(card) for card in await backend.cards()]}
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
-        return _described(find(models, name))
+        cards = {card.name: card for card in await backend.cards()}
+        if name not in cards:
+            raise unknown_model(name, cards)
+        return _described(cards[name])
 
     @app.get("/health")
     async def health() -> Response:
-        well = all(m.worker.alive for m in models.values())
-        return JSONResponse({"status": "ok" if well else "engine stopped"}, 200 if well else 503)
+        return JSONResponse(
+            {"status": "ok"} if backend.alive else {"status": "engine stopped"}, 200 if backend.alive else 503
+        )
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
-        return PlainTextResponse(metrics.text(_gauges(models)), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(metrics.text(backend.gauges()), media_type="text/plain; version=0.0.4")
 
     return Guard(app, keys, limits, metrics)
 
@@ -77,48 +68,8 @@ def bare_app(title: str, life: Lifespan[FastAPI]) -> FastAPI:
     return app
 
 
-@asynccontextmanager
-async def running(models: Collection[Served]) -> AsyncIterator[None]:
-    """Inside, the models' threads run, and what they make is handed out in this event loop."""
-    loop = asyncio.get_running_loop()
-
-    def post(made: Sequence[tuple[Wanted, Event]]) -> None:
-        loop.call_soon_threadsafe(_hand_out, made)
-
-    for model in models:
-        model.worker.start(post)
-    try:
-        yield
-    finally:
-        for model in models:
-            await asyncio.to_thread(model.worker.stop)
-
-
-def _hand_out(made: Sequence[tuple[Wanted, Event]]) -> None:
-    """Give what a step made to those who wait for it, in the event loop."""
-    for wanted, event in made:
-        wanted.take(event)
-
-
-def _described(model: Served) -> dict[str, Any]:
-    return {"id": model.name, "object": "model", "created": model.created, "owned_by": "lapilli"}
-
-
-def _gauges(models: Mapping[str, Served]) -> dict[str, Any]:
-    each = [({"model": m.name}, m) for m in models.values()]
-    return {
-        "lapilli_active": ("Answers that grow now.", [(labels, m.worker.active) for labels, m in each]),
-        "lapilli_waiting": (
-            "Answers that wait for a slot.",
-            [(labels, max(0, m.taken - m.worker.active)) for labels, m in each],
-        ),
-        "lapilli_slots": ("Answers that may grow at a time.", [(labels, m.limits.slots) for labels, m in each]),
-        "lapilli_failures": (
-            "Answers lost by failures of the engine since the start.",
-            [(labels, m.worker.failures) for labels, m in each],
-        ),
-        "lapilli_up": ("Whether the model's engine runs.", [(labels, int(m.worker.alive)) for labels, m in each]),
-    }
+def _described(card: Card) -> dict[str, Any]:
+    return {"id": card.name, "object": "model", "created": card.created, "owned_by": "lapilli"}
 
 
 async def _refuse(_: Request, error: Exception) -> Response:

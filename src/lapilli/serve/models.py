@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lapilli.base.errors import RunError, nearest
+from lapilli.base.errors import RunError
 from lapilli.generate.assistant import Assistant, load
 from lapilli.generate.engine import Engine
 from lapilli.generate.processor import Processor
@@ -81,18 +81,6 @@ class Served:
         self.taken -= answers
         if seconds is not None:
             self._usual_seconds += _NEWEST * (seconds - self._usual_seconds)
-
-
-def find(models: Mapping[str, Served], name: str) -> Served:
-    """The model of a name. Raises ApiError if it is not served."""
-    if name not in models:
-        raise ApiError(
-            404,
-            f"no such model here{nearest(name, models)}; GET /v1/models lists them",
-            code="model_not_found",
-            param="model",
-        )
-    return models[name]
 
 
 def open_models(

@@ -6,7 +6,7 @@ SIGTERM (or Ctrl-C) closes the door, lets answers under way end within the time 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -14,7 +14,7 @@ import uvicorn
 from lapilli.base.errors import RunError
 from lapilli.base.interrupt import StopWish
 from lapilli.serve.app import make_app
-from lapilli.serve.models import Served
+from lapilli.serve.backend import Backend
 from lapilli.serve.settings import Keys, Limits
 
 
@@ -56,12 +56,10 @@ def url_of(bound: socket.socket) -> str:
     return f"{root_of(bound)}/v1"
 
 
-def serve(
-    models: Mapping[str, Served], keys: Keys, limits: Limits, bound: socket.socket, ready: Callable[[str], None]
-) -> None:
+def serve(backend: Backend, keys: Keys, limits: Limits, bound: socket.socket, ready: Callable[[str], None]) -> None:
     """Serve until the process is asked to stop; `ready` is called with the API's address once it listens."""
     url = url_of(bound)
-    serve_app(make_app(models, keys, limits), bound, limits.drain_seconds, lambda: ready(url))
+    serve_app(make_app(backend, keys, limits), bound, limits.drain_seconds, lambda: ready(url))
 
 
 def serve_app(app: Any, bound: socket.socket, drain_seconds: float, ready: Callable[[], None]) -> None:

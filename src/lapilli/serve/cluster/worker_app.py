@@ -22,10 +22,11 @@ from starlette.responses import JSONResponse, Response
 
 from lapilli.base.errors import LapilliError
 from lapilli.generate.decoding import Decoding
-from lapilli.serve.app import bare_app, running
+from lapilli.serve.app import bare_app
 from lapilli.serve.cluster.frames import HEARTBEAT_SECONDS, WORKER_FAILED, frame
 from lapilli.serve.completions import EventStream, GoneError, Pending
 from lapilli.serve.guard import Guard
+from lapilli.serve.local import running
 from lapilli.serve.metrics import Metrics
 from lapilli.serve.models import Served
 from lapilli.serve.refusal import ApiError
