@@ -1,12 +1,17 @@
 """`lapilli serve`: models behind OpenAI's API, for any client of it; and the parts of LLaVA's cluster, as sub-verbs."""
 
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from lapilli.base.errors import RunError
 from lapilli.cli.held import held
+
+if TYPE_CHECKING:
+    from lapilli.serve.page.routes import Page
+    from lapilli.serve.settings import Limits
 
 _API = "models"
 
@@ -60,8 +65,13 @@ def serve(
     requests_per_minute: Annotated[
         int | None, typer.Option(min=1, help="Of one key (of one address without keys). Default: no limit.")
     ] = None,
+    no_page: Annotated[bool, typer.Option("--no-page", help="Serve the API alone, without the web page.")] = False,
+    examples: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="What the page offers: a JSON or YAML list of text and images."),
+    ] = None,
 ) -> None:
-    """Serve models over HTTP as OpenAI's API: /v1/chat/completions, /v1/models, /health, /metrics."""
+    """Serve models over HTTP: a web page at /, and OpenAI's API: /v1/chat/completions, /v1/models; /health, /metrics."""
     from lapilli.serve.settings import Limits, check_address, read_keys
 
     bits = held(load_8bit, load_4bit)
@@ -87,13 +97,14 @@ def serve(
     from lapilli.serve.remote import RemotePictures
 
     named = name_models(models)
+    page = None if no_page else _page(examples, limits)
     _log()
     device = _device(device)
     remote = RemotePictures(image_bytes) if allow_image_urls else None
     how: dict[str, Any] = {"base": base, "device": device, "template": template, "quantise": bits}
     opened = open_models(named, limits, remote=remote, **how)
     names = ", ".join(opened)
-    serving.serve(LocalModels(opened), keys, limits, bound, lambda url: _say(f"{names} at {url}"))
+    serving.serve(LocalModels(opened), keys, limits, bound, _tell(names, page), page)
 
 
 @app.command()
@@ -175,6 +186,26 @@ def worker(
     registration = None if no_register else Registration(controller_address, address, own_key())
     app = make_worker_app(model, keys, limits, registration)
     serving.serve_app(app, bound, limits.drain_seconds, lambda: _say(f"{model.name}, worker at {address}"))
+
+
+def _page(examples: str | None, limits: "Limits") -> "Page":
+    """The page; what can't be shown on it is said before the wait for models."""
+    from lapilli.serve.page.examples import read_examples
+    from lapilli.serve.page.routes import Page
+    from lapilli.serve.reading import image_limits
+
+    return Page(() if examples is None else read_examples(examples, image_limits(limits)))
+
+
+def _tell(names: str, page: "Page | None") -> Callable[[str], None]:
+    """What is said once the server listens."""
+
+    def tell(url: str) -> None:
+        if page is not None:
+            _say(f"page: {url.removesuffix('v1')}")
+        _say(f"{names} at {url}")
+
+    return tell
 
 
 def _say(line: str) -> None:

@@ -16,13 +16,14 @@ from lapilli.base.version import VERSION
 from lapilli.serve.backend import Backend, Card, unknown_model
 from lapilli.serve.guard import Guard
 from lapilli.serve.metrics import Metrics
+from lapilli.serve.page.routes import Page, add_page
 from lapilli.serve.refusal import ApiError, from_validation
 from lapilli.serve.request import ChatRequest
 from lapilli.serve.settings import Keys, Limits
 
 
-def make_app(backend: Backend, keys: Keys, limits: Limits) -> Guard:
-    """The API as an ASGI application, in front of whatever answers."""
+def make_app(backend: Backend, keys: Keys, limits: Limits, *, page: Page | None = None) -> Guard:
+    """The API, and the page if there is to be one, as an ASGI application in front of whatever answers."""
     metrics = Metrics()
 
     @asynccontextmanager
@@ -57,7 +58,10 @@ def make_app(backend: Backend, keys: Keys, limits: Limits) -> Guard:
     async def show_metrics() -> Response:
         return PlainTextResponse(metrics.text(backend.gauges()), media_type="text/plain; version=0.0.4")
 
-    return Guard(app, keys, limits, metrics)
+    if page is None:
+        return Guard(app, keys, limits, metrics)
+    add_page(app, page, backend, limits)
+    return Guard(app, keys, limits, metrics, open_paths=page.open_paths)
 
 
 def bare_app(title: str, life: Lifespan[FastAPI]) -> FastAPI:

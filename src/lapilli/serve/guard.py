@@ -25,7 +25,8 @@ OPEN_PATHS = frozenset({"/health"})
 """Paths that need no key: what a load balancer asks."""
 _PATHS = frozenset({"/health", "/metrics", "/v1/models", "/v1/chat/completions", "/openapi.json", "/register_worker",
                     "/refresh_all_workers", "/list_models", "/get_worker_address", "/receive_heart_beat",
-                    "/worker_generate_stream", "/worker_get_status"})  # fmt: skip
+                    "/worker_generate_stream", "/worker_get_status", "/", "/page/settings", "/page/turns",
+                    "/page/votes"})  # fmt: skip
 _ASKING = ("/v1/", "/worker_generate_stream")
 _CALLERS = 10_000
 """Callers whose rate is remembered; beyond them the one that was silent longest is forgotten."""
@@ -41,10 +42,22 @@ class _Body:
 
 
 class Guard:
-    """An ASGI application around another one. With `bare_posts` a POST without a body need not be JSON."""
+    """An ASGI application around another one. With `bare_posts` a POST without a body need not be JSON.
 
-    def __init__(self, app: Any, keys: Keys, limits: Limits, metrics: Metrics, *, bare_posts: bool = False) -> None:
-        self._bare_posts = bare_posts
+    `open_paths` are those that need no key beside `OPEN_PATHS`, each spelled out: files that are the same for all.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        keys: Keys,
+        limits: Limits,
+        metrics: Metrics,
+        *,
+        bare_posts: bool = False,
+        open_paths: frozenset[str] = frozenset(),
+    ) -> None:
+        self._bare_posts, self._open = bare_posts, OPEN_PATHS | open_paths
         self._app, self._keys, self._limits, self._metrics = app, keys, limits, metrics
         self._rates: OrderedDict[str, tuple[float, float]] = OrderedDict()
         self._held = 0
@@ -95,7 +108,7 @@ class Guard:
             # A page in the user's browser could reach this machine under a name of its own (DNS rebinding).
             if not is_loopback(_host(headers.get(b"host", b""))):
                 raise ApiError(403, "without an API key this server answers to localhost only", code="wrong_host")
-        elif scope["path"] not in OPEN_PATHS:
+        elif scope["path"] not in self._open or scope["method"] not in ("GET", "HEAD"):
             scheme, _, given = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
             found = self._keys.find(given.strip()) if scheme.lower() == "bearer" else None
             if found is None:

@@ -15,6 +15,8 @@ from lapilli.base.errors import RunError
 from lapilli.base.interrupt import StopWish
 from lapilli.serve.app import make_app
 from lapilli.serve.backend import Backend
+from lapilli.serve.connection import bounded
+from lapilli.serve.page.routes import Page
 from lapilli.serve.settings import Keys, Limits
 
 
@@ -56,10 +58,17 @@ def url_of(bound: socket.socket) -> str:
     return f"{root_of(bound)}/v1"
 
 
-def serve(backend: Backend, keys: Keys, limits: Limits, bound: socket.socket, ready: Callable[[str], None]) -> None:
+def serve(
+    backend: Backend,
+    keys: Keys,
+    limits: Limits,
+    bound: socket.socket,
+    ready: Callable[[str], None],
+    page: Page | None = None,
+) -> None:
     """Serve until the process is asked to stop; `ready` is called with the API's address once it listens."""
     url = url_of(bound)
-    serve_app(make_app(backend, keys, limits), bound, limits.drain_seconds, lambda: ready(url))
+    serve_app(make_app(backend, keys, limits, page=page), bound, limits.drain_seconds, lambda: ready(url))
 
 
 def serve_app(app: Any, bound: socket.socket, drain_seconds: float, ready: Callable[[], None]) -> None:

@@ -1,0 +1,113 @@
+"""The page's addresses: its files, which need no key for they hold nothing secret, and what it has to know.
+
+`/` and `/page/static/...` answer with files that were read at the start. Everything else here passes the same guard as
+the API.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from lapilli.base.version import VERSION
+from lapilli.serve.backend import Backend
+from lapilli.serve.page.examples import Example, Picture
+from lapilli.serve.page.shipped import INDEX, Shipped, read_shipped
+from lapilli.serve.refusal import ApiError
+from lapilli.serve.settings import Limits
+
+_TEMPERATURE, _TOP_P, _MAX_TOKENS = 0.2, 0.7, 512
+"""What the page begins with, as the original's."""
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; font-src 'self'; "
+    "img-src 'self' data: blob:; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""Nothing from other hosts, nothing inline, in nobody's frame."""
+_HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "x-frame-options": "DENY",
+}
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the page shows beside the models."""
+
+    examples: tuple[Example, ...] = ()
+    shipped: Mapping[str, Shipped] = field(default_factory=read_shipped, repr=False)
+
+    @property
+    def open_paths(self) -> frozenset[str]:
+        """Paths that need no key, each spelled out."""
+        return frozenset({"/", *(f"/page/static/{name}" for name in self.shipped)})
+
+
+def add_page(app: FastAPI, page: Page, backend: Backend, limits: Limits) -> None:
+    """Give an application the page's routes."""
+    pictures = [picture for example in page.examples for picture in example.images]
+
+    @app.api_route("/", methods=["GET", "HEAD"])
+    async def index(request: Request) -> Response:
+        return _file(page.shipped.get(INDEX), request)
+
+    @app.api_route("/page/static/{name:path}", methods=["GET", "HEAD"])
+    async def static(name: str, request: Request) -> Response:
+        return _file(page.shipped.get(name), request)
+
+    @app.get("/page/settings")
+    async def settings() -> dict[str, Any]:
+        return {
+            "models": [{"name": card.name} for card in await backend.cards()],
+            "new_tokens": limits.new_tokens,
+            "images": limits.images,
+            "image_bytes": limits.image_bytes,
+            "image_pixels": limits.image_pixels,
+            "body_bytes": limits.body_bytes,
+            "defaults": {
+                "temperature": _TEMPERATURE,
+                "top_p": _TOP_P,
+                "max_tokens": min(_MAX_TOKENS, limits.new_tokens),
+            },
+            "votes": False,
+            "examples": _listed(page.examples),
+            "version": VERSION,
+        }
+
+    @app.get("/page/examples/{number}")
+    async def example(number: int) -> Response:
+        if not 0 <= number < len(pictures):
+            raise ApiError(404, "no such example", code="not_found")
+        return _picture(pictures[number])
+
+
+def _listed(examples: tuple[Example, ...]) -> list[dict[str, Any]]:
+    made: list[dict[str, Any]] = []
+    first = 0
+    for one in examples:
+        images = [f"/page/examples/{first + i}" for i in range(len(one.images))]
+        made.append({"text": one.text, "images": images})
+        first += len(images)
+    return made
+
+
+def _file(found: Shipped | None, request: Request) -> Response:
+    if found is None:
+        raise ApiError(404, "no such page", code="not_found")
+    headers = {**_HEADERS, "cache-control": "no-cache", "etag": found.tag}
+    if request.headers.get("if-none-match") == found.tag:
+        return Response(status_code=304, headers=headers)
+    return Response(found.data, headers=headers, media_type=found.media)
+
+
+def _picture(found: Picture) -> Response:
+    headers = {**_HEADERS, "content-security-policy": "default-src 'none'; sandbox", "cache-control": "no-store"}
+    return Response(found.data, headers=headers, media_type=found.media)
