@@ -71,7 +71,7 @@ def serve(
         typer.Option(metavar="FILE", help="What the page offers: a JSON or YAML list of text and images."),
     ] = None,
 ) -> None:
-    """Serve models over HTTP: a web page at /, and OpenAI's API: /v1/chat/completions, /v1/models; /health, /metrics."""
+    """Serve models over HTTP: a web page at /, and OpenAI's API: /v1/chat/completions, /v1/models, /metrics."""
     from lapilli.serve.settings import Limits, check_address, read_keys
 
     bits = held(load_8bit, load_4bit)
