@@ -40,6 +40,13 @@ class Limits:
     """Of one key, or of one address where there are no keys."""
     drain_seconds: float = 60.0
     """For answers under way to end once the server was asked to stop."""
+    connections: int = 900
+    """Open at a time; below the 1,024 files that a process usually may have open."""
+    head_seconds: float = 10.0
+    """For a request's head to arrive, and for a connection to send its first one."""
+    head_bytes: int = 64 << 10
+    stall_seconds: float = 60.0
+    """For a client to take what it was sent."""
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
