@@ -1,10 +1,10 @@
-"""Bounds below HTTP, on a real server and with both of uvicorn's protocols: sockets that are slow, silent or too many."""
+"""Bounds below HTTP, on a real server and with both of uvicorn's protocols: slow and silent sockets, and too many."""
 
 import asyncio
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import uvicorn
@@ -122,8 +122,8 @@ def test_a_head_without_an_end_is_cut_off(server):
     sent = 0
     with socket.create_connection(address) as endless:
         endless.sendall(GET % b"")
-        with pytest.raises(ConnectionError):
-            for _ in range(200):
+        with suppress(ConnectionError):
+            while sent < 1 << 20:
                 sent += endless.send(b"a: " + b"b" * 16_000 + b"\r\n")
                 time.sleep(0.001)
     assert sent < 1 << 20

@@ -68,13 +68,16 @@ def serve(
 ) -> None:
     """Serve until the process is asked to stop; `ready` is called with the API's address once it listens."""
     url = url_of(bound)
-    serve_app(make_app(backend, keys, limits, page=page), bound, limits.drain_seconds, lambda: ready(url))
+    serve_app(make_app(backend, keys, limits, page=page), bound, limits.drain_seconds, lambda: ready(url), limits)
 
 
-def serve_app(app: Any, bound: socket.socket, drain_seconds: float, ready: Callable[[], None]) -> None:
+def serve_app(
+    app: Any, bound: socket.socket, drain_seconds: float, ready: Callable[[], None], limits: Limits | None = None
+) -> None:
     """Serve an ASGI application until the process is asked to stop; `ready` is called once it listens."""
     config = uvicorn.Config(
         app,
+        http=bounded(limits or Limits()),
         log_config=None,
         access_log=False,
         lifespan="on",
