@@ -44,7 +44,7 @@ class Reader:
 
     def read(self, request: ChatRequest) -> Prompt:
         """The prompt of a request. Raises ApiError for pictures and conversations that can't be used."""
-        chat, urls = _conversation(request)
+        chat, urls = conversation(request)
         if len(urls) > self._limits.images:
             raise invalid(f"{len(urls)} pictures; this server takes {self._limits.images} in a request", "messages")
         until = self._remote.until() if self._remote else 0.0
@@ -88,12 +88,12 @@ class Reader:
 
     def fetches(self, request: ChatRequest) -> bool:
         """Whether pictures of the request have to be fetched, which may take a while."""
-        return self._remote is not None and any(_is_address(url) for _, url in _conversation(request)[1])
+        return self._remote is not None and any(is_address(url) for _, url in conversation(request)[1])
 
     def _file(self, url: str, where: str, until: float) -> bytes:
-        if self._remote is not None and _is_address(url):
+        if self._remote is not None and is_address(url):
             return self._remote.fetch(url, where, until)
-        return _picture_bytes(url, where, self._limits.image_bytes)
+        return picture_bytes(url, where, self._limits.image_bytes)
 
     def decodings(self, request: ChatRequest) -> list[Decoding]:
         """One for each of the `n` answers; answer i draws with seed + i. Raises ApiError for values out of bounds."""
@@ -124,7 +124,7 @@ def image_limits(limits: Limits) -> ImageLimits:
     return ImageLimits(max_pixels=limits.image_pixels, max_bytes=limits.image_bytes, pixels_key="--image-pixels")
 
 
-def _conversation(request: ChatRequest) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+def conversation(request: ChatRequest) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """Messages as `Processor.prompt` reads them, and the pictures' URLs in order, each with its place."""
     chat: list[dict[str, Any]] = []
     urls: list[tuple[str, str]] = []
@@ -153,11 +153,12 @@ def _conversation(request: ChatRequest) -> tuple[list[dict[str, Any]], list[tupl
     return chat, urls
 
 
-def _is_address(url: str) -> bool:
+def is_address(url: str) -> bool:
+    """Whether a picture is named by its address, to be fetched."""
     return url[:8].lower().startswith(("http://", "https://"))
 
 
-def _picture_bytes(url: str, where: str, most: int) -> bytes:
+def picture_bytes(url: str, where: str, most: int) -> bytes:
     """The bytes in a data URL. Raises ApiError for any other address and for one that is not base64."""
     head, comma, body = url.partition(",")
     if not head[:5].lower() == "data:" or not comma:
