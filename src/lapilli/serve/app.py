@@ -14,7 +14,8 @@ from starlette.types import Lifespan
 
 from lapilli.base.version import VERSION
 from lapilli.serve.backend import Backend, Card, unknown_model
-from lapilli.serve.guard import Guard
+from lapilli.serve.description import ANSWERED, DescribedApi, ModelCard, ModelList, text
+from lapilli.serve.guard import OPEN_PATHS, Guard
 from lapilli.serve.metrics import Metrics
 from lapilli.serve.page.routes import Page, add_page
 from lapilli.serve.refusal import ApiError, from_validation
@@ -31,42 +32,46 @@ def make_app(backend: Backend, keys: Keys, limits: Limits, *, page: Page | None 
         async with backend.life(metrics):
             yield
 
-    app = bare_app("lapilli", life)
+    open_paths = frozenset() if page is None else page.open_paths
+    app = bare_app("lapilli", life, keys, open_paths)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", summary="Answer a conversation", responses=ANSWERED)
     async def chat(body: ChatRequest, request: Request) -> Response:
         return await backend.complete(body, request)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", summary="List the models", response_model=ModelList)
     async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [_described(card) for card in await backend.cards()]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", summary="Describe one model", response_model=ModelCard)
     async def one_model(name: str) -> dict[str, Any]:
         cards = {card.name: card for card in await backend.cards()}
         if name not in cards:
             raise unknown_model(name, cards)
         return _described(cards[name])
 
-    @app.get("/health")
+    @app.get("/health", summary="Whether answers are made", responses={503: {"description": "None are made."}})
     async def health() -> Response:
         return JSONResponse(
             {"status": "ok"} if backend.alive else {"status": "engine stopped"}, 200 if backend.alive else 503
         )
 
-    @app.get("/metrics")
+    @app.get(
+        "/metrics", summary="Numbers for Prometheus", response_class=PlainTextResponse, responses=text("text/plain")
+    )
     async def show_metrics() -> Response:
         return PlainTextResponse(metrics.text(backend.gauges()), media_type="text/plain; version=0.0.4")
 
-    if page is None:
-        return Guard(app, keys, limits, metrics)
-    add_page(app, page, backend, limits)
-    return Guard(app, keys, limits, metrics, open_paths=page.open_paths)
+    if page is not None:
+        add_page(app, page, backend, limits)
+    return Guard(app, keys, limits, metrics, open_paths=open_paths)
 
 
-def bare_app(title: str, life: Lifespan[FastAPI]) -> FastAPI:
-    """An application without routes, whose refusals have OpenAI's shape."""
-    app = FastAPI(title=title, version=VERSION, lifespan=life, docs_url=None, redoc_url=None)
+def bare_app(title: str, life: Lifespan[FastAPI], keys: Keys, open_paths: frozenset[str] = frozenset()) -> FastAPI:
+    """An application without routes, whose refusals have OpenAI's shape and whose description tells of keys."""
+    app = DescribedApi(
+        keys, OPEN_PATHS | open_paths, title=title, version=VERSION, lifespan=life, docs_url=None, redoc_url=None
+    )
     for error in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(error, _refuse)
     return app

@@ -47,7 +47,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class TextPart(_Strict):
@@ -86,8 +86,16 @@ class StreamOptions(_Strict):
     include_obfuscation: bool | None = None
 
 
+def _tell_neutral(schema: dict[str, Any]) -> None:
+    """The description of a field that is not served: the values that it may have all the same."""
+    for name, neutral in _NEUTRAL.items():
+        schema["properties"][name] = {"enum": [None, *neutral], "default": None, "description": "not served here"}
+
+
 class ChatRequest(_Strict):
     """Body of POST /v1/chat/completions."""
+
+    model_config = ConfigDict(json_schema_extra=_tell_neutral)
 
     model: str = Field(max_length=300)
     messages: list[Turn] = Field(min_length=1, max_length=2000)

@@ -47,7 +47,7 @@ def make_controller_app(controller: Controller, keys: Keys, limits: Limits) -> G
                 await watching
             await controller.close()
 
-    app = bare_app("lapilli controller", life)
+    app = bare_app("lapilli controller", life, keys)
 
     @app.post("/register_worker")
     async def register(body: _Registration) -> None:

@@ -102,7 +102,7 @@ def make_worker_app(model: Served, keys: Keys, limits: Limits, registration: Reg
                         await registering
         readers.shutdown(wait=False, cancel_futures=True)
 
-    app = bare_app("lapilli worker", life)
+    app = bare_app("lapilli worker", life, keys)
 
     @app.post("/worker_generate_stream")
     async def generate(body: _Ask, request: Request) -> Response:
