@@ -16,7 +16,7 @@ const ICONS = {
   flag: "M6 21V4h12l-3 4 3 4H6",
   good: "M7 20h9l3-7v-3h-6l1-5-2-1-5 7v9M4 20v-9",
   image: "M4 5h16v14H4zM4 16l5-5 4 4 3-3 4 4M15 9h.01",
-  more: "M5 12h.01M12 12h.01M19 12h.01",
+  more: "M5 11v2M12 11v2M19 11v2",
   next: "M9 5l7 7-7 7",
   previous: "M15 5l-7 7 7 7",
   redo: "M19 12a7 7 0 1 1-2-5l2 2M19 4v5h-5",
