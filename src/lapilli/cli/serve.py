@@ -70,6 +70,10 @@ def serve(
         str | None,
         typer.Option(metavar="FILE", help="What the page offers: a JSON or YAML list of text and images."),
     ] = None,
+    log_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Keep what is said on the page there, with pictures and votes.")
+    ] = None,
+    log_bytes: Annotated[int, typer.Option(min=1, help="Most that the folder of --log-dir may hold.")] = 10 << 30,
 ) -> None:
     """Serve models over HTTP: a web page at /, and OpenAI's API: /v1/chat/completions, /v1/models, /metrics."""
     from lapilli.serve.settings import Limits, check_address, read_keys
@@ -97,7 +101,7 @@ def serve(
     from lapilli.serve.remote import RemotePictures
 
     named = name_models(models)
-    page = None if no_page else _page(examples, limits)
+    page = None if no_page else _page(limits, examples, log_dir, log_bytes)
     _log()
     device = _device(device)
     remote = RemotePictures(image_bytes) if allow_image_urls else None
@@ -188,13 +192,16 @@ def worker(
     serving.serve_app(app, bound, limits.drain_seconds, lambda: _say(f"{model.name}, worker at {address}"))
 
 
-def _page(examples: str | None, limits: "Limits") -> "Page":
+def _page(limits: "Limits", examples: str | None, log_dir: str | None, log_bytes: int) -> "Page":
     """The page; what can't be shown on it is said before the wait for models."""
     from lapilli.serve.page.examples import read_examples
+    from lapilli.serve.page.log import ConversationLog
     from lapilli.serve.page.routes import Page
     from lapilli.serve.reading import image_limits
 
-    return Page(() if examples is None else read_examples(examples, image_limits(limits)))
+    bounds = image_limits(limits)
+    shown = () if examples is None else read_examples(examples, bounds)
+    return Page(shown, None if log_dir is None else ConversationLog(log_dir, bounds, limits.images, log_bytes))
 
 
 def _tell(names: str, page: "Page | None") -> Callable[[str], None]:
@@ -203,6 +210,8 @@ def _tell(names: str, page: "Page | None") -> Callable[[str], None]:
     def tell(url: str) -> None:
         if page is not None:
             _say(f"page: {url.removesuffix('v1')}")
+            if page.log is not None:
+                _say(f"what is said on the page is kept in {page.log.folder}")
         _say(f"{names} at {url}")
 
     return tell

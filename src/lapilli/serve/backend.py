@@ -15,6 +15,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from lapilli.base.errors import nearest
+from lapilli.data.template import Template
 from lapilli.serve.metrics import Metrics
 from lapilli.serve.refusal import ApiError
 from lapilli.serve.request import ChatRequest
@@ -29,6 +30,8 @@ class Card:
 
     name: str
     created: int
+    template: Template | None = None
+    """How its conversations are written, where that is known; the log of what was said needs it."""
 
 
 class Backend(Protocol):

@@ -45,7 +45,7 @@ class LocalModels:
         return all(m.worker.alive for m in self._models.values())
 
     async def cards(self) -> list[Card]:
-        return [Card(m.name, m.created) for m in self._models.values()]
+        return [Card(m.name, m.created, m.template) for m in self._models.values()]
 
     async def complete(self, body: ChatRequest, request: Request) -> Response:
         model = self._models.get(body.model)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lapilli.base.errors import RunError
+from lapilli.data.template import Template
 from lapilli.generate.assistant import Assistant, load
 from lapilli.generate.engine import Engine
 from lapilli.generate.processor import Processor
@@ -54,6 +55,7 @@ class Served:
     reader: Reader
     vocabulary: Vocabulary
     limits: Limits
+    template: Template | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     taken: int = 0
     """Answers that wait or grow."""
@@ -113,4 +115,5 @@ def served(name: str, assistant: Assistant, limits: Limits, remote: RemotePictur
         Reader(engine, processor, limits, remote),
         Vocabulary(assistant.tokenizer),
         limits,
+        assistant.template,
     )
