@@ -9,6 +9,7 @@ ended early says why.
 import logging
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from typing import Any, TypeVar
@@ -39,6 +40,32 @@ _OF_SLOTS = frozenset(("repetition_penalty", "no_repeat_ngram_size", "encoder_re
                        "begin_suppress_tokens", "guidance_scale", "renormalize_logits",
                        "exponential_decay_length_penalty", "typical_p", "min_p", "penalty_alpha"))  # fmt: skip
 """Settings of generation_config.json that change answers and that only transformers' own `generate` follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How long prompts may be: the model's positions, and tokens whose keys and values (`token_bytes` each) are held.
+
+    By itself it holds nothing of the model, so prompts can be checked elsewhere.
+    """
+
+    context_tokens: int | None
+    budget_tokens: int | None
+    token_bytes: int
+
+    def check(self, prompt: Prompt) -> None:
+        """Raise ModelError for a prompt that leaves no room for an answer in the model's context, or in memory."""
+        what = f"the prompt is {prompt.length} tokens ({prompt.image_tokens} of them for {len(prompt.tiles)} pictures)"
+        if self.context_tokens is not None and prompt.length >= self.context_tokens:
+            raise ModelError(
+                f"{what}, the model's context holds {self.context_tokens}; shorten the text, give fewer pictures or "
+                "start a new conversation"
+            )
+        if self.budget_tokens is not None and prompt.length >= self.budget_tokens:
+            raise ModelError(
+                f"{what}, there is memory for {self.budget_tokens} ({self.token_bytes:,} bytes each); give the engine "
+                "more memory, or shorten the text"
+            )
 
 
 class Engine:
@@ -103,19 +130,14 @@ class Engine:
         suppressed = getattr(config, "suppress_tokens", None) or ()
         return tuple(sorted({self.model.config.image_token_id, *suppressed}))
 
+    @property
+    def room(self) -> Room:
+        """What prompts are held to."""
+        return Room(self.context_tokens, self.budget_tokens, self.token_bytes)
+
     def check(self, prompt: Prompt) -> None:
         """Raise ModelError for a prompt that leaves no room for an answer in the model's context, or in memory."""
-        what = f"the prompt is {prompt.length} tokens ({prompt.image_tokens} of them for {len(prompt.tiles)} pictures)"
-        if self.context_tokens is not None and prompt.length >= self.context_tokens:
-            raise ModelError(
-                f"{what}, the model's context holds {self.context_tokens}; shorten the text, give fewer pictures or "
-                "start a new conversation"
-            )
-        if self.budget_tokens is not None and prompt.length >= self.budget_tokens:
-            raise ModelError(
-                f"{what}, there is memory for {self.budget_tokens} ({self.token_bytes:,} bytes each); give the engine "
-                "more memory, or shorten the text"
-            )
+        self.room.check(prompt)
 
     def scheduler(self, slots: int) -> Scheduler:
         """A scheduler over slots, for callers that feed it themselves. Raises ModelError if the model has none."""

@@ -16,7 +16,7 @@ from lapilli.base.errors import DataError, ModelError
 from lapilli.data.picture import ImageLimits
 from lapilli.data.sample import IMAGE_PLACEHOLDER
 from lapilli.generate.decoding import Decoding
-from lapilli.generate.engine import Engine
+from lapilli.generate.engine import Engine, Room
 from lapilli.generate.processor import Prepared, Processor, Prompt
 from lapilli.serve.refusal import ApiError, invalid
 from lapilli.serve.remote import RemotePictures
@@ -37,9 +37,9 @@ class Reader:
     """
 
     def __init__(
-        self, engine: Engine, processor: Processor, limits: Limits, remote: RemotePictures | None = None
+        self, room: Engine | Room, processor: Processor, limits: Limits, remote: RemotePictures | None = None
     ) -> None:
-        self._engine, self._processor, self._limits, self._remote = engine, processor, limits, remote
+        self._room, self._processor, self._limits, self._remote = room, processor, limits, remote
         self._tokenizer = Lock()
 
     def read(self, request: ChatRequest) -> Prompt:
@@ -61,7 +61,7 @@ class Reader:
         except DataError as error:
             raise invalid(str(error), "messages") from error
         try:
-            self._engine.check(prompt)
+            self._room.check(prompt)
         except ModelError as error:
             raise invalid(str(error), "messages", "context_length_exceeded") from error
         return prompt
@@ -81,7 +81,7 @@ class Reader:
         except DataError as error:
             raise invalid(str(error)) from error
         try:
-            self._engine.check(prompt)
+            self._room.check(prompt)
         except ModelError as error:
             raise invalid(str(error), code="context_length_exceeded") from error
         return prompt
