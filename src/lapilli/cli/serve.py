@@ -50,7 +50,19 @@ def serve(
         bool, typer.Option("--load-8bit", help="Hold the language model's layers in 8 bits (bitsandbytes).")
     ] = False,
     load_4bit: Annotated[bool, typer.Option("--load-4bit", help="Hold them in 4 bits, NF4.")] = False,
-    slots: Annotated[int, typer.Option(min=1, help="Answers of one model that grow at a time.")] = 16,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="Let another server make the answers: vllm, sglang, or openai with --engine-url."),
+    ] = None,
+    engine_url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="One that runs already (key: LAPILLI_ENGINE_KEY); MODEL is NAME or OURS=ITS."),
+    ] = None,
+    engine_args: Annotated[str, typer.Option(metavar='"..."', help="Further options for the engine.")] = "",
+    engine_seconds: Annotated[float, typer.Option(min=1, help="Time for the engine to load the model.")] = 1800.0,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Answers that grow at a time. Default: 16 of a model, 256 of an engine.")
+    ] = None,
     queue: Annotated[int, typer.Option(min=1, help="Answers of one model that may wait; beyond them 429.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for.")] = 2048,
     images: Annotated[int, typer.Option(min=1, help="Pictures in one request.")] = 16,
@@ -82,7 +94,7 @@ def serve(
     keys = read_keys(api_key_file)
     check_address(host, keys)
     limits = Limits(
-        slots=slots,
+        slots=slots or (16 if engine is None else 256),
         queue=queue,
         new_tokens=new_tokens,
         images=images,
@@ -96,15 +108,26 @@ def serve(
     serving = _import_server()
     bound = serving.bind(host, port)  # before the wait for models
 
-    from lapilli.serve.local import LocalModels
-    from lapilli.serve.models import name_models, open_models
     from lapilli.serve.remote import RemotePictures
 
-    named = name_models(models)
     page = None if no_page else _page(limits, examples, log_dir, log_bytes)
-    _log()
-    device = _device(device)
     remote = RemotePictures(image_bytes) if allow_image_urls else None
+    _log()
+    if engine is not None or engine_url is not None:
+        from lapilli.cli.serve_engine import engine_backend, refuse_own
+
+        refuse_own({"--base": base, "--load-8bit": load_8bit, "--load-4bit": load_4bit, "--device": device != "auto"})
+        chosen: dict[str, Any] = {"engine": engine or "openai", "url": engine_url, "options": engine_args}
+        chosen |= {"seconds": engine_seconds, "template": template, "remote": remote}
+        with engine_backend(models, limits, _say, **chosen) as backend:
+            serving.serve(backend, keys, limits, bound, _tell(", ".join(backend.names), page), page)
+        return
+
+    from lapilli.serve.local import LocalModels
+    from lapilli.serve.models import name_models, open_models
+
+    named = name_models(models)
+    device = _device(device)
     how: dict[str, Any] = {"base": base, "device": device, "template": template, "quantise": bits}
     opened = open_models(named, limits, remote=remote, **how)
     names = ", ".join(opened)

@@ -12,8 +12,8 @@ from typing import Any
 
 from lapilli.base.errors import LapilliError
 
-_KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error",
-          504: "timeout_error", 408: "timeout_error", 507: "server_error"}  # fmt: skip
+_KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 502: "server_error",
+          503: "server_error", 504: "timeout_error", 408: "timeout_error", 507: "server_error"}  # fmt: skip
 
 _LONGEST = 300
 """Characters of a validator's message that are passed on; it may name a value."""
