@@ -1,6 +1,7 @@
 """Tiny models for tests of generation: random ones from the reference parts, and one that says what it is told to."""
 
 import shutil
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,14 +23,17 @@ def build_tiny(folder: Path, **options) -> Path:
     return folder
 
 
-def build_parrot(folder: Path, says: str, *, endless: bool = False, positions: int = 512, **options) -> Path:
+def build_parrot(
+    folder: Path, says: str, *, endless: bool = False, positions: int = 512, marks: Sequence[str] = (), **options
+) -> Path:
     """A model whose answer is known: after a prompt that ends in a colon it says `says`, then its end token.
 
-    `endless`: it says it again and again, and ends never.
+    `endless`: it says it again and again, and ends never. `marks` are pieces of `says` that get tokens of their own.
     Each token determines the next (so no token may occur twice): layers add nothing, and the output row of a token is
     the embedding of the one before it. Raises AssertionError for a text with repeated tokens.
     """
     tokenizer = make_tokenizer()
+    tokenizer.add_tokens(list(marks))
     spoken = tokenizer(says)["input_ids"]
     chain = [*tokenizer(":")["input_ids"], *spoken, tokenizer.eos_token_id]
     assert len(set(chain)) == len(chain), [tokenizer.decode([i]) for i in chain]

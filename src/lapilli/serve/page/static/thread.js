@@ -60,7 +60,7 @@ export class Thread {
   #welcome() {
     const { examples, columns } = this.page();
     const cards = examples.map((example) =>
-      el("button", { type: "button", class: "example", onclick: () => this.actions.useExample(example) }, el("span", { class: "pictures" }, example.pictures.map((picture) => el("img", { src: picture.url, alt: "" }))), el("span", {}, marked(example.text, example.pictures.length) || "These pictures")),
+      el("button", { type: "button", class: "example", onclick: () => this.actions.useExample(example) }, el("span", { class: "pictures" }, example.pictures.map((picture) => el("img", { src: picture.url, alt: "" }))), el("span", {}, example.text ? marked(example.text, example.pictures.length) : "These pictures")),
     );
     return el(
       "div",
@@ -143,7 +143,7 @@ export class Thread {
     draw();
     const later = this.page().conversation.exchanges.length - i - 1;
     const hint = later ? `The conversation goes on from here; ${plural(later, "later question")} ${later === 1 ? "goes" : "go"}.` : "";
-    return this.#editor("Edit the question", exchange.text, "Ask", (text) => this.actions.askEdited(i, text, pictures), list, hint);
+    return this.#editor("Edited question", exchange.text, "Ask", (text) => this.actions.askEdited(i, text, pictures), list, hint);
   }
 
   #answer(conversation, exchange, i, column, shared) {
@@ -159,7 +159,7 @@ export class Thread {
     box.append(el("p", { class: columns.length > 1 && !shared ? "by" : "by quiet" }, by), thought);
     if (this.editing === version) {
       const note = i < conversation.exchanges.length - 1 ? "Later answers stay as they are." : "";
-      box.append(this.#editor("Edit the answer", version.text, "Save", (edited) => this.actions.saveAnswer(version, edited), null, note));
+      box.append(this.#editor("Edited answer", version.text, "Save", (edited) => this.actions.saveAnswer(version, edited), null, note));
     } else box.append(text, foot);
     let drawn = null;
     const view = () => {
