@@ -6,6 +6,7 @@ became of each job beside JOBS. A job may wish that something happens to one pro
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 LONGEST_SECONDS = 600
+_WAITING = "waiting"
+"""In the run folder: process 0 waits until somebody is asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,9 @@ class Job:
     """One run: its recipe with overrides. `signal` is sent to process 1 when `after` steps are in the metrics.
 
     With `fail` a layer of process 0 raises it, as an error of its own, in the first step after `after`. With `ask` the
-    model answers after every step for which the recipe has a task.
+    model answers after every step for which the recipe has a task. With `stop_validation` process 0 is asked to stop in
+    the second pass of the validation of that step; with `wait` its evaluation lasts until somebody is asked to stop,
+    and `signal` is sent then.
     """
 
     recipe: str
@@ -33,6 +38,8 @@ class Job:
     after: int = 0
     fail: str = ""
     ask: bool = False
+    stop_validation: int = 0
+    wait: bool = False
 
 
 def run_together(jobs: Sequence[Job], folder: Path, processes: int = 2) -> list[list[dict[str, Any]]]:
@@ -68,7 +75,8 @@ def _plan(jobs: Sequence[Job], folder: Path) -> Path:
 
 
 def _happen(job: Job, metrics: Path) -> None:
-    while not metrics.exists() or metrics.read_text().count("\n") < job.after:
+    waiting = metrics.with_name(_WAITING)
+    while not (waiting.exists() if job.wait else metrics.exists() and metrics.read_text().count("\n") >= job.after):
         time.sleep(0.005)
     os.kill(os.getpid(), job.signal)
 
@@ -80,7 +88,7 @@ class Watcher:
         self.job = job
         self.engine: dict[str, Any] = {}
 
-    def __call__(self, ready: Any, step: int, last: bool, *_: Any) -> dict[str, float]:
+    def __call__(self, ready: Any, step: int, last: bool, _: Any, stopped: Any) -> dict[str, float | None] | None:
         self.engine = _facts(ready.engine)
         if self.job.fail and step == self.job.after:
 
@@ -88,8 +96,30 @@ class Watcher:
                 raise RuntimeError(self.job.fail)
 
             ready.loaded.model.language_model.base_model.layers[1].register_forward_pre_hook(fail)
+        if self.job.stop_validation == step + 1:
+            self._stop_in_validation(ready)
         due = any(last or step % task.every == 0 for task in ready.stage.train.evaluate)
+        if self.job.wait and due:
+            (ready.folder.path / _WAITING).touch()
+            return self._wait(stopped)
         return _answer(ready) if self.job.ask and due else {}
+
+    def _stop_in_validation(self, ready: Any) -> None:
+        model, passes = ready.loaded.model, 0
+
+        def ask(*_: Any) -> None:
+            nonlocal passes
+            passes += not model.training
+            if passes == 2 and not model.training:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        model.language_model.base_model.layers[1].register_forward_pre_hook(ask)
+
+    def _wait(self, stopped: Any) -> None:
+        until = time.monotonic() + 60
+        while not stopped():
+            assert time.monotonic() < until, "nobody was asked to stop"
+            time.sleep(0.05)
 
 
 def _facts(engine: Any) -> dict[str, Any]:
@@ -131,7 +161,7 @@ def _here(parameter: Any) -> Any:
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
-def _answer(ready: Any) -> dict[str, float]:
+def _answer(ready: Any) -> dict[str, float | None]:
     """What the model says, run by itself in this process: numbers that depend on every weight of the language model."""
     import torch
 

@@ -89,8 +89,11 @@ class Follower:
 
     def __call__(
         self, ready: Prepared, step: int, last: bool, progress: Progress, stopped: Callable[[], bool]
-    ) -> dict[str, float | None]:
-        """Scores of the tasks that are due. Raises LapilliError for answers that can't be scored."""
+    ) -> dict[str, float | None] | None:
+        """Scores of the tasks that are due; None where a wish to stop came first.
+
+        Raises LapilliError for answers that can't be scored.
+        """
         import torch
 
         from lapilli.generate.assistant import Assistant
@@ -111,8 +114,8 @@ class Follower:
                     model = {"name": f"{ready.stage.name}, step {step}", "path": str(ready.folder.path), "step": step}
                     made = _measure(job, assistant, place / name, model, progress, stopped)
                     if made is None:
-                        progress.write(f"step {step}  {name}: not evaluated, because the run was asked to stop")
-                        continue
+                        progress.write(f"step {step}  {name}: given up, because the run was asked to stop")
+                        return None
                     scores[name] = _headline(made)
                     progress.write(f"step {step}  {_line(made, scores[name])}")
         finally:

@@ -75,8 +75,8 @@ def _run_stages(
             world=world,
         )
         if outcome.stopped_by:
-            nothing_left = stage is waiting[-1] and outcome.step == outcome.total_steps
-            if outcome.step == outcome.total_steps and not nothing_left:
+            nothing_left = stage is waiting[-1] and outcome.finished
+            if outcome.finished and not nothing_left:
                 say(f"stopped by {outcome.stopped_by} before the next stage; the same command goes on with it")
             return replace(outcome, stopped_by=None) if nothing_left else outcome
     return outcome

@@ -24,6 +24,7 @@ from lapilli.train.metrics import MetricsFile
 from lapilli.train.monitor import Monitor, computed_positions
 from lapilli.train.non_finite import Guard
 from lapilli.train.optimizer import set_learning_rate
+from lapilli.train.parallel.asked import AskedWhileWaiting, agree
 from lapilli.train.precision import Audit
 from lapilli.train.schedule import factor
 from lapilli.train.setup import Prepared, Say
@@ -31,9 +32,9 @@ from lapilli.train.state import State
 from lapilli.train.step import StepTotals
 from lapilli.train.validate import validation_loss
 
-Evaluate = Callable[[Prepared, int, bool, Progress, Callable[[], bool]], dict[str, float | None]]
+Evaluate = Callable[[Prepared, int, bool, Progress, Callable[[], bool]], dict[str, float | None] | None]
 """(run, steps done, whether that was the last, where to say how far it is, whether to stop) to the scores of the tasks
-that were due, by name. It leaves the model as it found it; a task that is not due, or was stopped, has no score."""
+that were due, by name; None if it was stopped before it had them all. It leaves the model as it found it."""
 
 
 class Loop:
@@ -46,26 +47,34 @@ class Loop:
         checkpoints: Checkpoints,
         average: Average | None,
         guard: Guard,
-        facts: dict[str, Any],
-        done: int,
+        begin: State,
         evaluate: Evaluate | None,
     ) -> None:
+        """`begin` is the state to go on from; its facts are those of this run."""
         self.ready, self.metrics, self.checkpoints, self.evaluate = ready, metrics, checkpoints, evaluate
-        self.average, self.guard, self.facts, self.done = average, guard, facts, done
+        self.average, self.guard, self.facts, self.done = average, guard, begin.facts, begin.step
         self.world = ready.engine.world
         self.monitor = Monitor(ready.total_steps)
-        checkpoints.last = done
+        checkpoints.last = begin.step
         self.waited = 0.0
-        self.validated: float | None = None
+        self.validated = begin.validation_loss
         """The validation loss after the last step, if that was computed."""
+        self.judged = begin.judged
+        """Whether all that is found out about the last step is; a wish to stop may come first."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left but to export the model."""
+        return self.done == self.ready.total_steps and self.judged
 
     def run(self, wish: StopWish, stream: TextIO | None) -> None:
         """Train until the last step, or until asked to stop; the state is saved either way."""
-        ready, train = self.ready, self.ready.stage.train
+        ready = self.ready
         ready.loader.start_step = self.done
         audit = Audit(ready.loaded.model, ready.stage.run.precision)
         with Progress("step", ready.total_steps, stream=stream) as progress:
             progress.update(self.done)
+            self._catch_up(progress, wish)
             began = time.perf_counter()
             for step, whole, positions in self._steps(wish):
                 if step.bad:
@@ -77,19 +86,50 @@ class Loop:
                 for line in audit.lines():
                     progress.write(line)
                 self.done, self.validated = row["step"], None
-                last = self.done == ready.total_steps
-                if ready.validation is not None and (last or _due(self.done, train.validate_every)):
-                    row["validation_loss"] = self.validated = validation_loss(ready)
-                    progress.write(f"step {self.done}  validation loss {row['validation_loss']:.4f}")
-                if self.evaluate is not None:
-                    row |= self._scores(self.evaluate, last, progress, wish)
+                row |= self._judge(progress, wish)
                 if self.metrics is not None:
                     self.metrics.append(row)
                 progress.update(self.done, self.monitor.text())
-                if last or _due(self.done, train.save_every) or self._among_the_best():
+                if self._to_be_saved():
                     self.save()
                 began = time.perf_counter()
         self.finish_saving()
+
+    def _judge(self, progress: Progress, wish: StopWish) -> dict[str, Any]:
+        """Validate and evaluate the step just done where that is due; `judged` says whether it came to an end."""
+        ready = self.ready
+        last = self.done == ready.total_steps
+        found: dict[str, Any] = {}
+        self.judged = True
+        due = ready.validation is not None and (last or _due(self.done, ready.stage.train.validate_every))
+        if due and self.validated is None:
+            self.validated = validation_loss(ready, wish)
+            self.judged = self.validated is not None
+            if self.validated is not None:
+                found["validation_loss"] = self.validated
+                progress.write(f"step {self.done}  validation loss {self.validated:.4f}")
+        if self.evaluate is not None and self.judged:
+            found |= self._scores(self.evaluate, last, progress, wish)
+        if not self.judged:
+            agree(self.world, wish)
+            what = "validation" if due and self.validated is None else "evaluation"
+            progress.write(f"step {self.done}  {what} given up for {wish.signal}; it is done when the run goes on")
+        return found
+
+    def _catch_up(self, progress: Progress, wish: StopWish) -> None:
+        """Find out about the last step what the run that is gone on with had to leave."""
+        if self.judged:
+            return
+        found = self._judge(progress, wish)
+        if self.metrics is not None:
+            self.metrics.amend(self.done, found)
+        if self.judged and self._to_be_saved():
+            self.checkpoints.last = None  # what stands there does not know it
+            self.save()
+
+    def _to_be_saved(self) -> bool:
+        last = self.done == self.ready.total_steps
+        return last or _due(self.done, self.ready.stage.train.save_every) or self._among_the_best()
 
     def _steps(self, wish: StopWish) -> Iterator[tuple[Step, StepTotals, int]]:
         """The steps to come, what they hold on all processes, and the positions computed for that.
@@ -98,7 +138,7 @@ class Loop:
         """
         steps = iter(self.ready.loader)
         for _ in range(self.done, self.ready.total_steps):
-            if self.world.size == 1 and wish.signal:
+            if not self.judged or (self.world.size == 1 and wish.signal):
                 return
             with self.world.together():
                 self.checkpoints.check()
@@ -139,10 +179,14 @@ class Loop:
         self, evaluate: Evaluate, last: bool, progress: Progress, wish: StopWish
     ) -> dict[str, dict[str, float | None]]:
         due = any(last or _due(self.done, task.every) for task in self.ready.stage.train.evaluate)
+        asked = AskedWhileWaiting(self.world, wish)
         with self.ready.engine.whole_model() if due else nullcontext(), self.world.together():
             scores = self.world.from_first(
-                lambda: evaluate(self.ready, self.done, last, progress, lambda: wish.signal is not None)
+                lambda: evaluate(self.ready, self.done, last, progress, asked.heard), meanwhile=asked.tell
             )
+        if due and self.world.first:
+            asked.forget()
+        self.judged = scores is not None
         return {"evaluation": scores} if scores else {}
 
     def _step(self, step: Step, whole: StepTotals, positions: int, began: float, say: Say) -> dict[str, Any]:
@@ -177,7 +221,8 @@ class Loop:
         if self.metrics is not None:
             self.metrics.make_durable()
         bad = () if ready.loader.quarantine is None else tuple(ready.loader.quarantine.found.values())
-        self.checkpoints.save(State(self.done, self.facts, bad, tuple(self.guard.skipped), self.validated))
+        skipped = tuple(self.guard.skipped)
+        self.checkpoints.save(State(self.done, self.facts, bad, skipped, self.validated, self.judged))
 
     def _saving(self) -> dict[str, Any]:
         """How long training stood still for a checkpoint since the row before, if it did."""

@@ -39,20 +39,32 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, resumed_step: int, trackers: Trackers | None = None) -> None:
-        self._trackers = trackers
-        rows = [row for row in read_metrics(path) if row["step"] <= resumed_step]
-        aside = path.with_suffix(".jsonl.partial")
-        aside.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-        os.replace(aside, path)
+        self._path, self._trackers = path, trackers
+        self._rewrite([row for row in read_metrics(path) if row["step"] <= resumed_step])
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, row: dict[str, Any]) -> None:
         """Write a step's numbers; what is not finite becomes null, which other readers of JSON understand."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        self._file.write(json.dumps(_finite(row)) + "\n")
         self._file.flush()
         if self._trackers is not None:
             self._trackers.log(row)
+
+    def amend(self, step: int, more: dict[str, Any]) -> None:
+        """Add to the last line, if that is the step's, what was found out about the step by a run that went on."""
+        rows = read_metrics(self._path)
+        if not more or not rows or rows[-1]["step"] != step:
+            return
+        self._file.close()
+        self._rewrite([*rows[:-1], rows[-1] | _finite(more)])
+        self._file = self._path.open("a", encoding="utf-8")
+        if self._trackers is not None:
+            self._trackers.log({"step": step, **more})
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        aside = self._path.with_suffix(".jsonl.partial")
+        aside.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        os.replace(aside, self._path)
 
     def make_durable(self) -> None:
         """Have the disk hold every line; done before each checkpoint, which must not be ahead of its metrics."""
@@ -67,3 +79,7 @@ class MetricsFile:
         self._file.close()
         if self._trackers is not None:
             self._trackers.close()
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

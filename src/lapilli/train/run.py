@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from traceback import clear_frames
 from typing import Any, TextIO
 
@@ -32,7 +32,7 @@ from lapilli.train.plan.advice import advise, is_out_of_memory
 from lapilli.train.rehearse import rehearse
 from lapilli.train.report import write_report
 from lapilli.train.setup import Prepared, Say, Survey, prepare
-from lapilli.train.state import read_state, set_random
+from lapilli.train.state import State, read_state, set_random
 from lapilli.train.tensors import Saved
 from lapilli.train.trackers import Trackers
 
@@ -45,6 +45,8 @@ class Outcome:
     step: int
     total_steps: int
     stopped_by: str | None = None
+    finished: bool = False
+    """Whether all steps are done and `model/` is written."""
 
 
 def train_stage(
@@ -113,14 +115,14 @@ def _train(
     average = Average(ready.engine, decay) if decay is not None else None
     guard = Guard(ready)
     with world.together():
-        done = _go_on(ready, average, guard, facts, say)
-        world.from_first(lambda: _begin_folder(ready, origins, facts, done))
+        begin = _go_on(ready, average, guard, facts, say)
+        world.from_first(lambda: _begin_folder(ready, origins, facts, begin.step))
     with (
         StopWish(for_good=True) as wish,
-        _metrics(ready, done, say) if world.first else nullcontext() as metrics,
+        _metrics(ready, begin.step, say) if world.first else nullcontext() as metrics,
         _checkpoints(ready, average) as checkpoints,
     ):
-        loop = Loop(ready, metrics, checkpoints, average, guard, facts, done, evaluate)
+        loop = Loop(ready, metrics, checkpoints, average, guard, begin, evaluate)
         try:
             loop.run(wish, stream)
         except ProcessLost:
@@ -131,7 +133,7 @@ def _train(
             raise
     if checkpoints.saved:
         say(f"{checkpoints.saved} checkpoints saved; training stood still {checkpoints.waited_seconds:.1f} s for them")
-    if loop.done < ready.total_steps:
+    if not loop.finished:
         say(f"stopped by {wish.signal} after step {loop.done}; the same command goes on from there")
         return Outcome(loop.done, ready.total_steps, wish.signal)
 
@@ -146,7 +148,7 @@ def _train(
         world.from_first(finish)
     say(f"done: {ready.folder.model}")
     asked = [name for name in world.exchange(wish.signal) if name is not None]
-    return Outcome(loop.done, ready.total_steps, asked[0] if asked else None)
+    return Outcome(loop.done, ready.total_steps, asked[0] if asked else None, finished=True)
 
 
 def _metrics(ready: Prepared, done: int, say: Say) -> MetricsFile:
@@ -192,10 +194,10 @@ def _plan(stage: Stage, ready: Prepared | Survey, world: World) -> str:
     )
 
 
-def _go_on(ready: Prepared, average: Average | None, guard: Guard, facts: dict[str, Any], say: Say) -> int:
-    """Put a checkpoint's state in place if there is one, and return the steps done."""
+def _go_on(ready: Prepared, average: Average | None, guard: Guard, facts: dict[str, Any], say: Say) -> State:
+    """Put a checkpoint's state in place if there is one, and return it, or that of a run which begins."""
     folder = ready.folder
-    done = 0
+    state = State(0, facts)
     if folder.resume_from is not None:
         state = read_state(folder.resume_from)
         refuse_differences(state.facts, facts, str(folder.resume_from))
@@ -203,12 +205,11 @@ def _go_on(ready: Prepared, average: Average | None, guard: Guard, facts: dict[s
         if average is not None:
             average.load(Saved(folder.resume_from))
         set_random(folder.resume_from, ready.engine.world.rank, ready.device)
-        done = state.step
         guard.skipped = list(state.skipped)
         if ready.loader.quarantine is not None:
             ready.loader.quarantine.add(state.bad)
-        say(f"going on after step {done} ({folder.resume_from})")
-    return done
+        say(f"going on after step {state.step} ({folder.resume_from})")
+    return replace(state, facts=facts)
 
 
 def _begin_folder(ready: Prepared, origins: Mapping[str, str], facts: dict[str, Any], done: int) -> None:

@@ -43,7 +43,9 @@ class SkippedStep:
 @dataclass(frozen=True)
 class State:
     """What stands in `state.json`: the optimiser steps done, the facts that a resumed run must share, the records found
-    bad and the steps skipped so far, and the validation loss after the last step, if that was computed.
+    bad and the steps skipped so far, and the validation loss after the last step, if that was computed. `judged` is
+    false where a stop kept the run from validating or evaluating that step to the end: it is done first by a run that
+    goes on.
     """
 
     step: int
@@ -51,6 +53,7 @@ class State:
     bad: tuple[BadRecord, ...] = ()
     skipped: tuple[SkippedStep, ...] = ()
     validation_loss: float | None = None
+    judged: bool = True
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
@@ -87,7 +90,8 @@ def read_state(folder: Path) -> State:
                 raise RunError(f"{folder / name}: missing or cut short; go on from another checkpoint: --resume FOLDER")
         bad = tuple(BadRecord(**one) for one in content["bad"])
         skipped = tuple(SkippedStep(**one) for one in content["skipped"])
-        return State(content["step"], content["facts"], bad, skipped, content["validation_loss"])
+        judged = content.get("judged", True)  # which earlier versions always were
+        return State(content["step"], content["facts"], bad, skipped, content["validation_loss"], judged)
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{folder}: {_CONTENT} can't be read: {error!r}") from error
 

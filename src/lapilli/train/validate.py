@@ -7,7 +7,7 @@ number of processes, with the same loader and the same module.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -15,15 +15,19 @@ from typing import TextIO
 import torch
 
 from lapilli.assemble.load import load
-from lapilli.base.errors import RecipeError, RunError
+from lapilli.base.errors import DataError, RecipeError, RunError
+from lapilli.base.interrupt import StopWish
 from lapilli.base.progress import Progress
 from lapilli.data.corpus import Corpus
 from lapilli.data.loader import TrainLoader
+from lapilli.data.sample import Batch
+from lapilli.data.steps import Step
 from lapilli.model.vlm import VisionLanguageModel
 from lapilli.recipe.files import check_files
 from lapilli.recipe.schema import Stage
 from lapilli.train.device.choose import Device, choose_device
 from lapilli.train.loss import LossModule
+from lapilli.train.parallel.asked import AskedTogether
 from lapilli.train.parallel.ddp import Ddp
 from lapilli.train.parallel.single import Single
 from lapilli.train.parallel.world import ALONE, World
@@ -61,10 +65,10 @@ class Validation:
     """The step that a checkpoint was saved after."""
 
 
-def validation_loss(ready: Prepared) -> float:
+def validation_loss(ready: Prepared, wish: StopWish) -> float | None:
     """Return the loss per supervised token over the whole of `ready.validation`; the model trains on as before.
 
-    The processes of a run share the data.
+    The processes of a run share the data. None, in all of them, if it was given up because one was asked to stop.
     """
     assert ready.validation is not None
     engine, world, sources = ready.engine, ready.engine.world, ready.stage.data.validation
@@ -73,23 +77,31 @@ def validation_loss(ready: Prepared) -> float:
         loader = training_loader(
             ready.stage, ready.how, ready.validation, sources, order="sequential", world=world, shapes=ready.shapes
         )
-    total, count = _sums(loader, engine, ready.device, ready.stage.run.precision)
+    sums = _sums(loader, engine, ready.device, ready.stage.run.precision, wish=wish)
     training_mode(ready.loaded.model)
     engine.resting()
-    return _mean(world, total, count)
+    return None if sums is None else _mean(world, *sums)
 
 
 @torch.no_grad()
 def _sums(
-    loader: TrainLoader, engine: Single, device: Device, precision: str, progress: Progress | None = None
-) -> tuple[float, float]:
-    """This process's sum of losses, and of the weights of their tokens."""
-    total, count = 0.0, 0.0
+    loader: TrainLoader,
+    engine: Single,
+    device: Device,
+    precision: str,
+    progress: Progress | None = None,
+    wish: StopWish | None = None,
+) -> tuple[float, float] | None:
+    """This process's sum of losses, and of the weights of their tokens; None where a wish to stop came first."""
+    total, count, cut_short = 0.0, 0.0, False
+    asked = AskedTogether(engine.world, wish) if wish is not None else None
     with engine.world.together():
         steps = iter(loader)
     for number in range(len(loader)):
         with engine.world.together():
-            passes = engine.level(next(steps).batches)
+            batches = None if cut_short else _next(steps, wish)
+            cut_short = batches is None
+            passes = engine.level(batches or ())
         with engine.passing():
             for batch, pictures in passes:
                 with device.autocast(precision):
@@ -99,7 +111,21 @@ def _sums(
                 count += batch.weight
         if progress is not None:
             progress.update(number + 1, f"loss {total / count:.4f}" if count else "")
+        if asked is not None and number + 1 < len(loader) and asked.after_a_piece():
+            return None
+    if wish is not None and any(engine.world.exchange(cut_short)):
+        return None
     return total, count
+
+
+def _next(steps: Iterator[Step], wish: StopWish | None) -> Sequence[Batch] | None:
+    """The next step's. A signal to the whole process group ends the data's workers too: None, and no error, then."""
+    try:
+        return next(steps).batches
+    except DataError:
+        if wish is None or wish.signal is None:
+            raise
+        return None
 
 
 def _mean(world: World, total: float, count: float) -> float:
@@ -136,8 +162,9 @@ def validate_stage(
             stage, how, corpus, stage.data.validation, order="sequential", world=world, shapes=shapes
         )
     with Progress("validating: step", len(loader), stream=stream) as progress:
-        total, count = _sums(loader, engine, device, stage.run.precision, progress)
-    return _outcome(stage, model, corpus, _mean(world, total, count), world, saved)
+        sums = _sums(loader, engine, device, stage.run.precision, progress)
+        assert sums is not None  # nobody was asked to stop
+    return _outcome(stage, model, corpus, _mean(world, *sums), world, saved)
 
 
 def _whole(stage: Stage, checkpoint: str | None, how: Reading, device: Device, world: World, say: Say) -> Single:

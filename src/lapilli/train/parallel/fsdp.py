@@ -120,7 +120,10 @@ class Fsdp(Lockstep):
 
     @contextmanager
     def whole_model(self) -> Iterator[None]:
+        root: Any = self.units[0]
         with self.passing():
+            # Else, before a run's first pass, the layer that runs first would take itself for the root.
+            root._get_fsdp_state()._lazy_init()
             for unit in self.units:
                 unit.unshard()
                 if not self.world.first:

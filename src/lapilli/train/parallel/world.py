@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ its connection is closed."""
 _MESSAGE_BYTES = 1024
 """What an exchange carries in one round; longer messages take a second one."""
 _LENGTH_BYTES = 8
+_GLANCE_SECONDS = 0.2
+"""How often a process that waits for others does what it was told to do meanwhile."""
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PORTS = range(20_000, 32_000)
 """Below the ports that Linux gives to outgoing connections."""
@@ -131,14 +134,15 @@ class World:
         """Whether this process is the one that writes files and shows progress."""
         return self.rank == 0
 
-    def exchange(self, value: Any) -> list[Any]:
+    def exchange(self, value: Any, meanwhile: Callable[[], None] | None = None) -> list[Any]:
         """Return the `value` that each process gave, by rank; values are what JSON holds.
 
-        Raises EndedElsewhere if one of them failed instead, and ProcessLost if one is gone or not in a state to go on.
+        `meanwhile` is called a few times a second while the others are waited for. Raises EndedElsewhere if one of them
+        failed instead, and ProcessLost if one is gone or not in a state to go on.
         """
         if self.size == 1:
             return [value]
-        messages = self._messages({"value": value})
+        messages = self._messages({"value": value}, meanwhile)
         failed = [(rank, message) for rank, message in enumerate(messages) if "error" in message]
         if failed:
             rank, message = failed[0]
@@ -161,12 +165,12 @@ class World:
             said = lines[0] if orderly else f"{type(error).__name__}: {lines[0]}"
             self._messages({"error": said, "orderly": orderly})
 
-    def from_first(self, work: Callable[[], Any]) -> Any:
+    def from_first(self, work: Callable[[], Any], meanwhile: Callable[[], None] | None = None) -> Any:
         """Have the first process do `work` while the others wait; return its result, which JSON holds, to all.
 
-        Inside `together`, so that its errors end the others too.
+        Inside `together`, so that its errors end the others too. `meanwhile` as in `exchange`, for those that wait.
         """
-        return self.exchange(work() if self.first else None)[0]
+        return self.exchange(work() if self.first else None, None if self.first else meanwhile)[0]
 
     def add_up(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor, in place, by the sum over all processes. Raises ProcessLost."""
@@ -180,20 +184,25 @@ class World:
             with self._reaching():
                 dist.broadcast(tensor, 0)
 
-    def bytes_of_all(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+    def bytes_of_all(self, tensor: torch.Tensor, meanwhile: Callable[[], None] | None = None) -> list[torch.Tensor]:
         """Return the tensor of every process, by rank: uint8 (n,) on the CPU, n the same for all."""
         if self.size == 1:
             return [tensor]
         received = [torch.empty_like(tensor) for _ in range(self.size)]
         with self._reaching():
-            dist.all_gather(received, tensor.contiguous(), group=self._control)
+            sent = dist.all_gather(received, tensor.contiguous(), group=self._control, async_op=True)
+            assert sent is not None
+            while meanwhile is not None and not sent.is_completed():
+                meanwhile()
+                time.sleep(_GLANCE_SECONDS)
+            sent.wait()
         return received
 
-    def _messages(self, content: dict[str, Any]) -> list[dict[str, Any]]:
+    def _messages(self, content: dict[str, Any], meanwhile: Callable[[], None] | None = None) -> list[dict[str, Any]]:
         text = json.dumps(content).encode()
         head = len(text).to_bytes(_LENGTH_BYTES, "little") + text[: _MESSAGE_BYTES - _LENGTH_BYTES]
         texts, lengths = [], []
-        for received in self.bytes_of_all(_padded(head, _MESSAGE_BYTES)):
+        for received in self.bytes_of_all(_padded(head, _MESSAGE_BYTES), meanwhile):
             whole = received.numpy().tobytes()
             lengths.append(int.from_bytes(whole[:_LENGTH_BYTES], "little"))
             texts.append(whole[_LENGTH_BYTES:])
