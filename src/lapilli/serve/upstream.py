@@ -25,13 +25,11 @@ from lapilli.serve.completions import CLIENT_GONE, EventStream, GoneError
 from lapilli.serve.metrics import Metrics
 from lapilli.serve.refusal import ApiError, invalid
 from lapilli.serve.remote import RemotePictures
-from lapilli.serve.reply import DONE, event
 from lapilli.serve.request import ChatRequest
 from lapilli.serve.settings import Limits
 from lapilli.serve.upstream_body import Target, Writer
 from lapilli.serve.upstream_passage import Passage
-from lapilli.serve.upstream_reply import Growing, Words
-from lapilli.serve.upstream_stream import Usage
+from lapilli.serve.upstream_reply import Words, lines, whole
 
 log = logging.getLogger(__name__)
 
@@ -152,8 +150,8 @@ class Upstream:
             words = Words(model.name)
             if body.stream:
                 streams = True
-                return EventStream(passage, _lines(passage, words, body))
-            return JSONResponse(await _whole(passage, words, body))
+                return EventStream(passage, lines(passage, words, body))
+            return JSONResponse(await whole(passage, words, body))
         except GoneError:
             return Response(status_code=CLIENT_GONE)
         finally:
@@ -240,41 +238,3 @@ class Upstream:
             was, self._well = self._well, self._missed < 2
             if was != self._well:
                 log.warning("%s %s", self.endpoint.engine, "answers again" if self._well else "does not answer")
-
-
-async def _whole(passage: Passage, words: Words, body: ChatRequest) -> dict[str, object]:
-    answers = [Growing() for _ in range(body.n or 1)]
-    usage: Usage | None = None
-    while (made := await passage.next()) is not None:
-        if isinstance(made, Usage):
-            usage = made
-        else:
-            answers[made.index].add(made)
-    return words.whole(answers, usage, bool(body.logprobs))
-
-
-async def _lines(passage: Passage, words: Words, body: ChatRequest) -> AsyncIterator[bytes]:
-    """The events of a stream. An error after its beginning is an event of its own, and no `[DONE]` follows."""
-    answers = [Growing() for _ in range(body.n or 1)]
-    usage: Usage | None = None
-    for index in range(len(answers)):
-        yield words.chunk(index, {"role": "assistant", "content": "", "refusal": None})
-    try:
-        while (made := await passage.next()) is not None:
-            if isinstance(made, Usage):
-                usage = made
-                continue
-            delta = answers[made.index].add(made)
-            logprobs = made.logprobs if body.logprobs else ()
-            if delta or logprobs:
-                yield words.chunk(made.index, delta, logprobs)
-            if made.finish is not None:
-                yield words.chunk(made.index, {}, finish=made.finish)
-    except ApiError as error:
-        yield event(error.body)
-        return
-    except GoneError:
-        return
-    if usage is not None and body.stream_options is not None and body.stream_options.include_usage:
-        yield words.usage_chunk(usage)
-    yield DONE

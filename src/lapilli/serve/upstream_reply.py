@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from lapilli.serve.reply import Thoughts, event
+from lapilli.serve.completions import GoneError
+from lapilli.serve.refusal import ApiError
+from lapilli.serve.reply import DONE, Thoughts, event
+from lapilli.serve.request import ChatRequest
 from lapilli.serve.upstream_stream import Delta, Usage
+
+
+class Passing(Protocol):
+    """The answers of one request, as they come from elsewhere."""
+
+    async def next(self) -> Delta | Usage | None:
+        """What comes next; None after the last. Raises GoneError if the client left, ApiError if no more comes."""
+        ...
 
 
 @dataclass
@@ -84,3 +95,42 @@ def _counted(usage: Usage | None) -> dict[str, int] | None:
         "completion_tokens": usage.written,
         "total_tokens": usage.prompt + usage.written,
     }
+
+
+async def whole(passage: Passing, words: Words, body: ChatRequest) -> dict[str, Any]:
+    """The body of a reply that is not streamed, once all of it is here. Raises as `next` does."""
+    answers = [Growing() for _ in range(body.n or 1)]
+    usage: Usage | None = None
+    while (made := await passage.next()) is not None:
+        if isinstance(made, Usage):
+            usage = made
+        else:
+            answers[made.index].add(made)
+    return words.whole(answers, usage, bool(body.logprobs))
+
+
+async def lines(passage: Passing, words: Words, body: ChatRequest) -> AsyncIterator[bytes]:
+    """The events of a stream. An error after its beginning is an event of its own, and no `[DONE]` follows."""
+    answers = [Growing() for _ in range(body.n or 1)]
+    usage: Usage | None = None
+    for index in range(len(answers)):
+        yield words.chunk(index, {"role": "assistant", "content": "", "refusal": None})
+    try:
+        while (made := await passage.next()) is not None:
+            if isinstance(made, Usage):
+                usage = made
+                continue
+            delta = answers[made.index].add(made)
+            logprobs = made.logprobs if body.logprobs else ()
+            if delta or logprobs:
+                yield words.chunk(made.index, delta, logprobs)
+            if made.finish is not None:
+                yield words.chunk(made.index, {}, finish=made.finish)
+    except ApiError as error:
+        yield event(error.body)
+        return
+    except GoneError:
+        return
+    if usage is not None and body.stream_options is not None and body.stream_options.include_usage:
+        yield words.usage_chunk(usage)
+    yield DONE
