@@ -46,15 +46,16 @@ def load_quantised(
     folder = model_folder(path)
     opened = open_model(folder, base, template=template, merged_as=torch.float32)
     with quiet():
-        model = _materialise(opened, held, computed, rest, device)
+        model = materialise_held(opened, held, computed, rest, device)
     loaded = Loaded(model, opened.tokenizer, opened.spec, folder)
     check_room(loaded)
     return loaded
 
 
-def _materialise(
+def materialise_held(
     opened: OpenModel, held: Held, computed: torch.dtype, rest: torch.dtype, device: torch.device
 ) -> VisionLanguageModel:
+    """`materialise`, with the language model's linear layers held as `held` on `device`, as `load_quantised` says."""
     chosen = {name: opened.tensors[name] for name in sorted(linear_weights(opened))}
     if not chosen:
         raise ModelError(f"{opened.folder}: its language model has no linear layer to quantise")

@@ -199,9 +199,13 @@ def materialise(
 
     `language_dtype` is the language model's, if it is another one.
     """
+    language = read_part(opened, names.LANGUAGE, language_dtype or dtype)
+    return join(opened, read_part(opened, names.VISION, dtype), language, dtype)
+
+
+def join(opened: OpenModel, vision: PreTrainedModel, language: Any, dtype: torch.dtype) -> VisionLanguageModel:
+    """Join an encoder and a language model that are made already with the rest of an opened model, in `dtype`."""
     config = copy.deepcopy(opened.config)
-    language: Any = _part(opened, names.LANGUAGE, AutoModelForCausalLM, config.text_config, language_dtype or dtype)
-    vision = _part(opened, names.VISION, AutoModel, config.vision_config, dtype)
     language.generation_config = copy.deepcopy(opened.generation_config)
     config.vision_config, config.text_config, config.dtype = vision.config, language.config, dtype
     with torch.device("meta"):
@@ -213,7 +217,14 @@ def materialise(
     return model.eval()
 
 
-def _part(opened: OpenModel, prefix: str, auto: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def read_part(opened: OpenModel, prefix: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Read the language model (`names.LANGUAGE`) or the vision encoder (`names.VISION`) of an opened model."""
+    both = {
+        names.LANGUAGE: (AutoModelForCausalLM, opened.config.text_config),
+        names.VISION: (AutoModel, opened.config.vision_config),
+    }
+    auto, own = both[prefix]
+    config: PreTrainedConfig = copy.deepcopy(own)
     empty = empty_model(auto, config, opened.folder)
     tensors: Tensors = opened.part(prefix)
     level = Names(empty).prefix

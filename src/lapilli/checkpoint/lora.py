@@ -56,6 +56,14 @@ class Update:
         return not bool(self.b.read().any())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Merged(Lazy):
+    """A weight with an update added as it is read; the two apart, for those who keep them so."""
+
+    weight: Lazy
+    update: Update
+
+
 @dataclass(frozen=True)
 class Adapters:
     """The adapters of a folder, by the names that the base's layout has for its layers."""
@@ -175,4 +183,11 @@ def _added(weight: Lazy, update: Update, dtype: torch.dtype | None) -> Lazy:
             f"{weight.shape}; give the model that this was trained on as its base"
         )
     made = dtype or weight.dtype
-    return weight.then(lambda value: update.delta().add_(value).to(made), dtype=made)
+    return Merged(
+        weight.shape,
+        made,
+        weight.where,
+        lambda: update.delta().add_(weight.read()).to(made),
+        weight=weight,
+        update=update,
+    )

@@ -56,6 +56,8 @@ class Lazy:
     where: str
     """File and name, for messages."""
     read: Callable[[], torch.Tensor]
+    source: tuple[str, str] | None = None
+    """File and name again where this is what the file holds, unchanged: equal for equal tensors of two openings."""
 
     @property
     def size_bytes(self) -> int:
@@ -69,12 +71,8 @@ class Lazy:
         dtype: torch.dtype | None = None,
     ) -> Lazy:
         """The tensor after `change`, which must give the `shape` and `dtype` said here (None: as before)."""
-        return replace(
-            self,
-            shape=self.shape if shape is None else shape,
-            dtype=dtype or self.dtype,
-            read=lambda: change(self.read()),
-        )
+        made = self.shape if shape is None else shape
+        return Lazy(made, dtype or self.dtype, self.where, lambda: change(self.read()))
 
     def to(self, dtype: torch.dtype) -> Lazy:
         """The tensor in another dtype; whole numbers stay as they are."""
@@ -121,6 +119,11 @@ def open_file(file: Path) -> Tensors:
 
 
 def _open_one(file: Path) -> Tensors:
+    real = str(file.resolve())
+    return {name: replace(tensor, source=(real, name)) for name, tensor in _read_one(file).items()}
+
+
+def _read_one(file: Path) -> Tensors:
     if file.suffix != ".safetensors":
         outline = outline_pickle(file)
         if outline is not None:

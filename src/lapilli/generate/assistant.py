@@ -5,7 +5,7 @@ text stands around a question.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from lapilli.assemble.load import Loaded
 from lapilli.assemble.opening.quantised import is_quantised
 from lapilli.assemble.qlora import load_quantised
 from lapilli.assemble.quantise import check_bitsandbytes
+from lapilli.assemble.shared import Holding, load_several
 from lapilli.assemble.source import model_folder
 from lapilli.base.errors import ModelError
 from lapilli.generate.conversation import Chat, Picture
@@ -112,14 +113,41 @@ def load(
     the language model's linear layers are held in 4 (`nf4`) or 8 bits (`int8`) by bitsandbytes. Raises ModelError
     naming what is wrong with the folder, or a device that is not there.
     """
+    device = _checked(device)
+    if quantise is None:
+        return Assistant(**vars(assemble.load(path, base, device=device, dtype=dtype, template=template)))
+    return Assistant(**vars(_load_quantised(path, base, device, dtype, template, quantise)))
+
+
+def load_together(
+    paths: Mapping[str, Path | str],
+    base: Path | str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    template: str | None = None,
+    quantise: Held | None = None,
+) -> dict[str, Assistant]:
+    """`load` several models by name. Adapters over one base, and the base itself, hold its weights once.
+
+    `base` is for those of them that need one. Each may be asked in a thread of its own. What is shared is logged.
+    """
+    if len(paths) == 1:
+        return {name: load(path, base, device, dtype, template, quantise) for name, path in paths.items()}
+    device = _checked(device)
+    if quantise is not None:
+        check_bitsandbytes()
+    how = Holding(device, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16), quantise)
+    loaded = load_several(paths, how, base=base, template=template)
+    return {name: Assistant(**vars(one)) for name, one in loaded.items()}
+
+
+def _checked(device: str | torch.device) -> torch.device:
     try:
         device = torch.device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # PyTorch built without CUDA asserts
         raise ModelError(f"device {device}: {str(error).splitlines()[0]}") from error
-    if quantise is None:
-        return Assistant(**vars(assemble.load(path, base, device=device, dtype=dtype, template=template)))
-    return Assistant(**vars(_load_quantised(path, base, device, dtype, template, quantise)))
+    return device
 
 
 def _load_quantised(

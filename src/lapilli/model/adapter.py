@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+from torch.nn import functional as F
 
 from lapilli.base.errors import RecipeError, nearest
 from lapilli.model.quiet import quiet
@@ -113,3 +115,22 @@ def merge_lora(model: VisionLanguageModel) -> None:
         if wrapper is not None:
             with quiet():
                 setattr(model, part, wrapper.merge_and_unload())
+
+
+class Beside(nn.Module):
+    """A linear layer with a low-rank update that is added to what it gives, its weight left as it is.
+
+    For layers whose weight other models use too; `a` (r, in), and `b` (out, r) with the scale in it. It has no
+    `weight`, so that code that goes past the layer's forward pass, and would miss the update, fails.
+    """
+
+    def __init__(self, base: nn.Module, a: torch.Tensor, b: torch.Tensor) -> None:
+        super().__init__()
+        self.base = base
+        self.a = nn.Parameter(a, requires_grad=False)
+        self.b = nn.Parameter(b, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)."""
+        made = self.base(x)
+        return made + F.linear(F.linear(x.to(self.a.dtype), self.a), self.b).to(made.dtype)

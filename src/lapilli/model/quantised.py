@@ -6,6 +6,7 @@ where layers are made: it takes a second, and need not be installed.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import torch
@@ -35,6 +36,45 @@ def mark_quantised(model: nn.Module, held: Held) -> None:
     flags: Any = model
     flags.is_loaded_in_4bit = held == "nf4"
     flags.is_loaded_in_8bit = held == "int8"
+
+
+def sharing(module: nn.Module) -> dict[int, Any]:
+    """What `copy.deepcopy` is to take in a module's place, by id, so that the copy shares the module's numbers.
+
+    Parameters become others over the same storage, so that one that is moved or set anew in a copy stays as it is in
+    the others; what bitsandbytes keeps beside its weights, and buffers, are the same.
+    """
+    memo: dict[int, Any] = {}
+    for layer in module.modules():
+        for value in _beside(layer):
+            memo[id(value)] = value
+    memo |= {id(buffer): buffer for buffer in module.buffers()}
+    return memo | {id(parameter): _alias(parameter) for parameter in module.parameters()}
+
+
+def _beside(layer: nn.Module) -> list[Any]:
+    """What a layer of bitsandbytes keeps outside its parameters."""
+    kind = type(layer).__name__
+    if kind == "Linear4bit":
+        return [] if layer.quant_state is None else [layer.quant_state]
+    if kind != "Linear8bitLt":
+        return []
+    own: Any = layer
+    if own.weight.CB is not None:  # else its first call takes them from the weight, once
+        own.init_8bit_state()
+    return [tensor for tensor in (own.state.CB, own.state.SCB) if tensor is not None]
+
+
+def _alias(parameter: nn.Parameter) -> nn.Parameter:
+    """Another parameter with the same numbers, frozen."""
+    kind: Any = type(parameter)
+    if kind.__name__ == "Params4bit":
+        made = copy.copy(parameter)
+        made.module = None  # type: ignore[attr-defined]
+        return made
+    if kind.__name__ == "Int8Params":
+        return kind(parameter.data, requires_grad=False, has_fp16_weights=False)
+    return nn.Parameter(parameter.data, requires_grad=False)
 
 
 def _nf4(weight: torch.Tensor, bias: bool, computed: torch.dtype) -> nn.Linear:

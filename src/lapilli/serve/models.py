@@ -11,7 +11,7 @@ from typing import Any
 
 from lapilli.base.errors import RunError
 from lapilli.data.template import Template
-from lapilli.generate.assistant import Assistant, load
+from lapilli.generate.assistant import Assistant, load_together
 from lapilli.generate.engine import Engine
 from lapilli.generate.processor import Processor
 from lapilli.generate.text import Vocabulary
@@ -93,16 +93,15 @@ def open_models(
     remote: RemotePictures | None = None,
     **how: Any,
 ) -> dict[str, Served]:
-    """Load every model, `how` as `lapilli.load` takes it; with `remote`, pictures may be given by their address.
+    """Load every model, `how` as `load_together` takes it; with `remote`, pictures may be given by their address.
 
     Raises ModelError naming what is wrong with a folder.
     """
-    made: dict[str, Served] = {}
-    for name, path in named.items():
-        begun = time.monotonic()
-        made[name] = served(name, load(path, device=device, **how), limits, remote)
-        log.info("%s: %s on %s, loaded in %.1f s", name, path, device, time.monotonic() - begun)
-    return made
+    begun = time.monotonic()
+    assistants = load_together(named, device=device, **how)
+    said = ", ".join(f"{name} ({path})" for name, path in named.items())
+    log.info("%s on %s, loaded in %.1f s", said, device, time.monotonic() - begun)
+    return {name: served(name, assistant, limits, remote) for name, assistant in assistants.items()}
 
 
 def served(name: str, assistant: Assistant, limits: Limits, remote: RemotePictures | None = None) -> Served:
