@@ -60,6 +60,11 @@ def test_places_and_pictures_that_disagree_are_refused(tiny, picture):
         tiny.processor(text=[TEXT, TEXT], images=[[picture]])
 
 
+def test_a_prompt_without_a_token_is_refused(tiny):
+    with pytest.raises(DataError, match="no token"):
+        tiny.processor.rendered("")
+
+
 def test_another_image_token_and_marks_around_pictures(models, picture):
     folder = build_tiny(models / "marked", image_token="<pic>", im_start_end=True)
     marked = lapilli.load(folder)

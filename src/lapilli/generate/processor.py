@@ -142,6 +142,8 @@ class Processor:
         made = [p if isinstance(p, Prepared) else self.picture(p) for p in pictures]
         sizes = [p.size for p in made]
         ids, slots = encoder.encode_prompt(messages, sizes)
+        if len(ids) == 0:
+            raise DataError("the prompt holds no token; ask something")
         tokens = sum(s.tokens for s in slots)
         return Prompt(ids, tuple(p.tiles for p in made), tuple(sizes), tokens, tuple(p.key for p in made))
 

@@ -120,6 +120,10 @@ def text(media: str) -> dict[int | str, dict[str, Any]]:
     return {200: {"description": "Text.", "content": {media: {"schema": {"type": "string"}}}}}
 
 
+FRAMES = text("application/octet-stream")
+"""LLaVA's streams: JSON objects, each ended by a zero byte."""
+
+
 class DescribedApi(FastAPI):
     """FastAPI, whose description tells of keys where there are some. `open_paths` need none."""
 

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from lapilli.serve.app import bare_app
 from lapilli.serve.cluster.controller import Controller
+from lapilli.serve.description import FRAMES
 from lapilli.serve.guard import Guard
 from lapilli.serve.metrics import Metrics
 from lapilli.serve.settings import Keys, Limits
@@ -69,9 +70,9 @@ def make_controller_app(controller: Controller, keys: Keys, limits: Limits) -> G
     async def beat(body: _Beat) -> dict[str, bool]:
         return {"exist": controller.beat(body.worker_name, body.queue_length)}
 
-    @app.post("/worker_generate_stream")
+    @app.post("/worker_generate_stream", response_class=StreamingResponse, responses=FRAMES)
     async def generate(body: dict[str, Any]) -> Response:
-        return StreamingResponse(controller.stream(body))
+        return StreamingResponse(controller.stream(body), media_type="application/octet-stream")
 
     @app.post("/worker_get_status")
     async def status() -> dict[str, Any]:

@@ -18,13 +18,14 @@ from typing import Any
 import httpx
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, Field
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from lapilli.base.errors import LapilliError
-from lapilli.generate.decoding import Decoding
+from lapilli.generate.decoding import Answer, Decoding
 from lapilli.serve.app import bare_app
-from lapilli.serve.cluster.frames import HEARTBEAT_SECONDS, WORKER_FAILED, frame
+from lapilli.serve.cluster.frames import HEARTBEAT_SECONDS, TOO_LONG, WORKER_FAILED, frame
 from lapilli.serve.completions import EventStream, GoneError, Pending
+from lapilli.serve.description import FRAMES
 from lapilli.serve.guard import Guard
 from lapilli.serve.local import running
 from lapilli.serve.metrics import Metrics
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 
 _GREEDY_BELOW = 0.001
 _READERS = 4
+_MEDIA = "application/octet-stream"
 
 
 class _Ask(BaseModel):
@@ -104,7 +106,7 @@ def make_worker_app(model: Served, keys: Keys, limits: Limits, registration: Reg
 
     app = bare_app("lapilli worker", life, keys)
 
-    @app.post("/worker_generate_stream")
+    @app.post("/worker_generate_stream", response_class=StreamingResponse, responses=FRAMES)
     async def generate(body: _Ask, request: Request) -> Response:
         return await _answer(model, body, request, readers, metrics)
 
@@ -121,8 +123,11 @@ def make_worker_app(model: Served, keys: Keys, limits: Limits, registration: Reg
 
 
 def status_of(model: Served) -> dict[str, Any]:
-    """What a controller needs to know of a worker."""
-    return {"model_names": [model.name], "speed": 1, "queue_length": model.taken}
+    """What a controller needs to know of a worker; and, for our web server, how the model's prompts are written."""
+    said = {"model_names": [model.name], "speed": 1, "queue_length": model.taken}
+    if model.template is not None:
+        said["templates"] = {model.name: model.template.model_dump(mode="json", exclude_defaults=True)}
+    return said
 
 
 async def _answer(model: Served, body: _Ask, request: Request, readers: Executor, metrics: Metrics) -> Response:
@@ -135,28 +140,35 @@ async def _answer(model: Served, body: _Ask, request: Request, readers: Executor
             readers, model.reader.read_rendered, body.prompt, files
         )
         pending.ask(prompt, [decoding], request)
-        return EventStream(pending, _frames(pending, body.prompt), media_type="application/octet-stream")
+        return EventStream(pending, _frames(pending, body.prompt, prompt.length), media_type=_MEDIA)
     except LapilliError as error:
         if pending is not None:
             pending.close()
         if isinstance(error, ApiError) and error.code == "context_length_exceeded":
-            return Response(frame(f"{body.prompt}{error}"))  # shown to the user as an answer, as the original does
-        return Response(frame(str(error), WORKER_FAILED))
+            # Shown to the user as an answer, as the original does.
+            return Response(frame(f"{body.prompt}{error}", finish_reason=TOO_LONG), media_type=_MEDIA)
+        return Response(frame(str(error), WORKER_FAILED), media_type=_MEDIA)
 
 
-async def _frames(pending: Pending, prompt: str) -> AsyncIterator[bytes]:
+async def _frames(pending: Pending, prompt: str, prompt_tokens: int) -> AsyncIterator[bytes]:
+    """The text so far with every piece; with the last object, what the original does not say: its end and its tokens."""
     text = prompt
+    last: dict[str, Any] = {}
     try:
         while (item := await pending.next()) is not None:
             if isinstance(item[1], Piece):
                 text += item[1].text
                 yield frame(text)
+            elif isinstance(item[1], Answer):
+                finish = "length" if item[1].finish in ("length", "context") else "stop"
+                counted = {"prompt_tokens": prompt_tokens, "completion_tokens": len(item[1].token_ids)}
+                last = {"finish_reason": finish, "usage": counted}
     except ApiError as error:
         yield frame(error.message, WORKER_FAILED)
         return
     except GoneError:
         return
-    yield frame(text)
+    yield frame(text, **last)
 
 
 def _decoding(body: _Ask, limits: Limits) -> Decoding:
