@@ -5,8 +5,10 @@ import json
 
 import pytest
 import torch
+from tests.support.parts import make_language, make_vision
 from tests.train.conftest import REFERENCE
 
+from lapilli.assemble.build import BuildOptions, build
 from lapilli.base.errors import RecipeError
 from lapilli.recipe.load import load_recipe
 from lapilli.train.loss import LossModule
@@ -79,6 +81,15 @@ def test_a_traced_pass_holds_what_the_real_one_does(recipe_file, overrides):
         assert traced(path, *overrides).peak_bytes > traced(path, "train.freeze=projector").peak_bytes
     else:
         assert traced(path, *overrides).peak_bytes == pytest.approx(really(path, *overrides), rel=0.03)
+
+
+def test_a_model_that_pads_is_traced_too(recipe_file, tmp_path):
+    """MPT has no kernel for packed sequences: its micro-batches are padded, and what is no token is cut out again."""
+    vision = make_vision("clip", tmp_path / "clip")
+    language = make_language("mpt", tmp_path / "alone")
+    build(BuildOptions(str(vision), str(language), dtype="float32"), tmp_path / "mpt")
+    overrides = (f"model={tmp_path / 'mpt'}", "train.freeze=full")
+    assert traced(recipe_file(), *overrides).peak_bytes == pytest.approx(really(recipe_file(), *overrides), rel=0.03)
 
 
 def test_recomputing_holds_less_and_computes_more(recipe_file):

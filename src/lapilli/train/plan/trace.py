@@ -9,6 +9,7 @@ that what is alive together at the worst moment is known, and by kind.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ KINDS: tuple[Kind, ...] = ("activations", "logits", "gradients")
 GRADIENT = -1
 """In the place of a size: the storage has become a parameter's gradient."""
 
+_AS_GIVEN = ("full", "arange", "scalar_tensor")
+"""Factories that make integers of integers."""
 _FACTORIES = ("empty", "zeros", "ones", "full", "rand", "arange", "eye", "scalar_tensor", "linspace")
 
 
@@ -109,7 +112,7 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
         if not any(isinstance(leaf, FakeTensor) for leaf in leaves):
-            if any(isinstance(leaf, torch.Tensor) for leaf in leaves) or not _makes_floats(func, kwargs):
+            if any(isinstance(leaf, torch.Tensor) for leaf in leaves) or not _makes_floats(func, args, kwargs):
                 return func(*args, **kwargs)
             with self.fake:
                 made = func(*args, **kwargs)
@@ -175,13 +178,15 @@ def _without_masks(indices: Any) -> list[Any]:
     return made
 
 
-def _makes_floats(func: Any, kwargs: dict[str, Any]) -> bool:
+def _makes_floats(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether an operation without tensors makes a float tensor, which may be large; others decide shapes."""
     name = func.overloadpacket.__name__
     if not name.startswith(_FACTORIES):
         return False
-    dtype = kwargs.get("dtype") or torch.get_default_dtype()
-    return dtype.is_floating_point
+    dtype = kwargs.get("dtype")
+    if dtype is None and name.startswith(_AS_GIVEN):
+        return any(isinstance(number, float) for number in args)
+    return (dtype or torch.get_default_dtype()).is_floating_point
 
 
 _aten = torch.ops.aten
