@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from tests.support.parts import make_tokenizer
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from lapilli.base.errors import ModelError
@@ -66,3 +67,19 @@ def test_broken_folders_are_named(tmp_path, files, message):
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(error.value)
     assert message in str(error.value)
+
+
+def test_a_model_type_that_transformers_does_not_know_is_nothing_to_warn_of(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "known to nobody", "vocab_size": 400}))
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        loaded = load_tokenizer(tmp_path)
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert said == []
+    assert ids(loaded, "Two red dogs") == ids(tokenizer, "Two red dogs")

@@ -41,12 +41,30 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         refuse_missing_path(str(path))
         log.info("%s: no such folder here; asking the Hugging Face Hub", path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, **_unknown_model(folder))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{path}: can't load a tokenizer ({_first_line(error)})") from error
     if not tokenizer.is_fast:
         raise ModelError(f"{path}: {type(tokenizer).__name__} gives no character offsets; save its fast version here")
     return _as_in_file(tokenizer, folder)
+
+
+def _unknown_model(folder: Path) -> dict[str, Any]:
+    """The configuration of a model whose type transformers does not know, as lapilli's own before it is registered.
+
+    Left to itself it takes this plain class too, and warns that one of another type was asked for.
+    """
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    file = folder / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return {}  # whoever needs it says what is wrong with it
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if not isinstance(kind, str) or kind in CONFIG_MAPPING:
+        return {}
+    return {"config": PreTrainedConfig.from_dict(content)}
 
 
 def refuse_missing_path(name: str, what: str = "") -> None:
