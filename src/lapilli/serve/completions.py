@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 from contextlib import aclosing
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import Request
 from starlette.responses import JSONResponse, Response
@@ -40,53 +41,68 @@ class Pending:
     def __init__(self, model: Served, answers: int, begun: float, metrics: Metrics) -> None:
         model.admit(answers)
         self._model, self._places, self._begun, self._metrics = model, answers, begun, metrics
-        self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
+        self._events: deque[tuple[int, Event]] = deque()
+        self._waiter: asyncio.Future[None] | None = None
         self._wanted: list[Wanted] = []
         self._growing = 0
-        self._heard = False
+        self._heard = self._gone = self._late = False
         self._watch: asyncio.Task[None] | None = None
+        self._clock: asyncio.TimerHandle | None = None
 
-    def ask(self, prompt: Prompt, decodings: list[Decoding], request: Request) -> None:
-        """Hand the prompt to the model, and from now on notice if the client leaves."""
+    def ask(self, prompt: Prompt, decodings: list[Decoding], request: Request, *, whole: bool = False) -> None:
+        """Hand the prompt to the model, and from now on notice if the client leaves.
+
+        `whole`: pieces are of no use, only the answers.
+        """
         name = self._model.name
         self._metrics.count("lapilli_prompt_tokens_total", prompt.length, model=name)
         self._metrics.count("lapilli_pictures_total", len(prompt.tiles), model=name)
         for index, decoding in enumerate(decodings):
-            wanted = Wanted(prompt, decoding, partial(self._take, index))
+            wanted = Wanted(prompt, decoding, partial(self._take, index), whole)
             self._wanted.append(wanted)
             self._growing += 1
             self._model.worker.want(wanted)
         self._watch = asyncio.create_task(self._until_gone(request))
+        left = self._begun + self._model.limits.request_seconds - time.monotonic()
+        self._clock = asyncio.get_running_loop().call_later(max(0.0, left), self._over)
 
     @property
     def ready(self) -> bool:
-        """Whether `next` has something without waiting."""
-        return not self._events.empty()
+        """Whether `next` returns without waiting."""
+        return bool(self._events) or not self._growing
+
+    @property
+    def over(self) -> bool:
+        """Whether `next` has nothing more."""
+        return not self._events and not self._growing
 
     async def next(self) -> tuple[int, Event] | None:
         """The next (index, event); None after the last one.
 
         Raises GoneError if the client left, ApiError if an answer is lost or time is over.
         """
-        if self._growing == 0 and self._events.empty():
-            return None
-        limit = self._model.limits.request_seconds
-        left = self._begun + limit - time.monotonic()
-        try:
-            async with asyncio.timeout(max(0.0, left)):
-                item = await self._events.get()
-        except TimeoutError as error:
-            raise ApiError(504, f"no answer within {limit:g} s; ask for a shorter one", code="timeout") from error
-        if item is None:
-            raise GoneError
-        if isinstance(item[1], Lost):
-            raise ApiError(500, "the answer was lost; the server's log says why", code="engine_failed")
-        return item
+        while True:
+            if self._gone:
+                raise GoneError
+            if self._late and self._growing:
+                limit = self._model.limits.request_seconds
+                raise ApiError(504, f"no answer within {limit:g} s; ask for a shorter one", code="timeout")
+            if self._events:
+                item = self._events.popleft()
+                if isinstance(item[1], Lost):
+                    raise ApiError(500, "the answer was lost; the server's log says why", code="engine_failed")
+                return item
+            if not self._growing:
+                return None
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
 
     def close(self) -> None:
         """Free the slots of answers that have not ended, and the request's places. Called twice, it does nothing."""
         if self._watch is not None:
             self._watch.cancel()
+        if self._clock is not None:
+            self._clock.cancel()
         for wanted in self._wanted:
             wanted.leave()
         if self._growing:
@@ -111,14 +127,24 @@ class Pending:
             self._metrics.count("lapilli_answers_total", finish="lost", model=name)
         if not isinstance(made, Piece):
             self._growing -= 1
-        self._events.put_nowait((index, made))
+        self._events.append((index, made))
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _over(self) -> None:
+        self._late = True
+        self._wake()
 
     async def _until_gone(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         for wanted in self._wanted:
             wanted.leave()
-        self._events.put_nowait(None)
+        self._gone = True
+        self._wake()
 
 
 async def complete(
@@ -135,7 +161,7 @@ async def complete(
         place = fetchers if model.reader.fetches(body) else readers
         prompt = await asyncio.get_running_loop().run_in_executor(place, model.reader.read, body)
         reply = Reply(model.name, model.vocabulary, prompt.length)
-        pending.ask(prompt, decodings, request)
+        pending.ask(prompt, decodings, request, whole=not body.stream)
         if body.stream:
             streams = True
             return EventStream(pending, _lines(pending, reply, body))
@@ -151,10 +177,18 @@ async def complete(
             pending.close()
 
 
-class EventStream(Response):
-    """Sends events as they are made, and closes their `Pending` whatever happens."""
+class Coming(Protocol):
+    """What is on its way for one request: a `Pending`, or its like where answers are made elsewhere."""
 
-    def __init__(self, pending: Pending, lines: Any, media_type: str = "text/event-stream") -> None:
+    @property
+    def ready(self) -> bool: ...
+    def close(self) -> None: ...
+
+
+class EventStream(Response):
+    """Sends events as they are made, and closes what they come from whatever happens."""
+
+    def __init__(self, pending: Coming, lines: Any, media_type: str = "text/event-stream") -> None:
         self.status_code, self.background, self.media_type = 200, None, media_type
         self._pending, self._lines = pending, lines
         self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
@@ -163,13 +197,13 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async with aclosing(self._lines) as lines:
-                held = b""
+                held: list[bytes] = []
                 async for line in lines:
-                    held += line
+                    held.append(line)
                     if not self._pending.ready:  # what has piled up leaves together
-                        await send({"type": "http.response.body", "body": held, "more_body": True})
-                        held = b""
-            await send({"type": "http.response.body", "body": held})
+                        await send({"type": "http.response.body", "body": b"".join(held), "more_body": True})
+                        held.clear()
+            await send({"type": "http.response.body", "body": b"".join(held)})
         except OSError:
             return  # the client left between two events
         finally:
@@ -183,8 +217,8 @@ async def _lines(pending: Pending, reply: Reply, body: ChatRequest) -> AsyncIter
     thoughts = [Thoughts() for _ in range(count)]
     told = [0] * count
     written = 0
-    for index in range(count):
-        yield reply.chunk(index, {"role": "assistant", "content": "", "refusal": None})
+    # Beginnings leave with the first words: one packet less for each answer.
+    held = b"".join(reply.chunk(i, {"role": "assistant", "content": "", "refusal": None}) for i in range(count))
     try:
         while (item := await pending.next()) is not None:
             index, made = item
@@ -198,17 +232,20 @@ async def _lines(pending: Pending, reply: Reply, body: ChatRequest) -> AsyncIter
                 continue
             logprobs = tokens[index].add(new) if body.logprobs else None
             if delta or logprobs:
-                yield reply.chunk(index, delta, logprobs)
+                held += reply.chunk(index, delta, logprobs)
             if answer is not None:
-                yield reply.chunk(index, {}, None, answer)
+                held += reply.chunk(index, {}, None, answer)
+            if (delta or logprobs or answer) and not pending.over:
+                yield held
+                held = b""
     except ApiError as error:
-        yield event(error.body)
+        yield held + event(error.body)
         return
     except GoneError:
         return
     if body.stream_options is not None and body.stream_options.include_usage:
-        yield reply.usage_chunk(written)
-    yield DONE
+        held += reply.usage_chunk(written)
+    yield held + DONE
 
 
 def _delta(thought: str, text: str) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """One thread per model: it alone touches the model, and all requests' answers grow side by side in it.
 
 Answers wanted come through a queue; what is made leaves in one call per step, so that the event loop is woken once and
-not once per answer. Whoever no longer waits says so by `Wanted.leave`, and the slot is free after the step under way.
+not once per answer. The more answers grow, the longer the text of each is gathered before it leaves: what sending costs
+is bounded, whatever a step makes. First words and last words never wait. Whoever no longer waits says so by
+`Wanted.leave`, and the slot is free after the step under way.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +31,10 @@ log = logging.getLogger(__name__)
 
 _STEP_ERRORS = (LapilliError, RuntimeError, ValueError, IndexError, TypeError, KeyError)
 """What a step may raise (memory that ran out is a RuntimeError): its answers are lost, the server goes on."""
+
+_GATHER_SECONDS = 0.002
+"""For so long, times the other answers that grow, text is gathered: some 500 pieces a second leave at most."""
+_LONGEST_GATHER_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +63,16 @@ class Wanted:
     decoding: Decoding
     take: Callable[[Event], None]
     """Called where events are handed out, not in the engine's thread."""
+    whole: bool = False
+    """Of the pieces only the first is told, as a sign that the answer has begun."""
     left: bool = False
     row: Growing | None = None
     told: int = 0
     """Tokens whose log-probabilities are posted."""
+    gathered: list[str] = field(default_factory=list)
+    """Text that is not posted yet."""
+    posted: float = 0.0
+    """When text was posted last."""
 
     def leave(self) -> None:
         """Nobody waits any more."""
@@ -197,7 +210,14 @@ class Worker:
         ended = [w for w in self._growing if w.row is not None and w.row.ended]
         if ended:
             self._growing = [w for w in self._growing if w.row is not None and not w.row.ended]
-            self._made += [(w, self._ended(w)) for w in ended]
+            for wanted in ended:
+                last = self._ended(wanted)  # what it had not told goes first
+                self._made.append((wanted, last))
+        now = time.monotonic()
+        gather = min(_LONGEST_GATHER_SECONDS, _GATHER_SECONDS * (len(self._growing) - 1))
+        for wanted in self._growing:
+            if wanted.gathered and now - wanted.posted >= gather:
+                self._tell(wanted, now)
         self._flush()
 
     def _over(self, wanted: Wanted) -> bool:
@@ -205,6 +225,8 @@ class Worker:
 
     def _ended(self, wanted: Wanted) -> Event:
         assert wanted.row is not None
+        if wanted.gathered:
+            self._tell(wanted, 0.0)
         row, wanted.row = wanted.row, None  # the row knows the Wanted: no circle may keep pictures in memory
         if row.finish == "cancelled" and not wanted.left:
             self.failures += 1
@@ -212,11 +234,19 @@ class Worker:
         return row.answer()
 
     def _say(self, wanted: Wanted, text: str) -> None:
+        if wanted.whole and wanted.posted:
+            return
+        wanted.gathered.append(text)
+        if isinstance(self._steps, PaddedBatches):  # its step ends only with its last answer
+            self._tell(wanted, time.monotonic())
+            self._flush()
+
+    def _tell(self, wanted: Wanted, now: float) -> None:
         logprobs = () if wanted.row is None else tuple(wanted.row.logprobs[wanted.told :])
         wanted.told += len(logprobs)
-        self._made.append((wanted, Piece(text, logprobs)))
-        if isinstance(self._steps, PaddedBatches):  # its step ends only with its last answer
-            self._flush()
+        self._made.append((wanted, Piece("".join(wanted.gathered), logprobs)))
+        wanted.gathered.clear()
+        wanted.posted = now
 
     def _flush(self) -> None:
         made, self._made = self._made, []
