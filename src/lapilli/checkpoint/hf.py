@@ -161,8 +161,21 @@ def _hf_inputs(inputs: dict[str, torch.Tensor], layout: ImageLayout) -> dict[str
 
 
 def save_hf(model: VisionLanguageModel, folder: Path, *, shard_size: str = "5GB") -> None:
-    """Write config.json, generation_config.json and safetensors as transformers itself writes them."""
-    to_hf(model).save_pretrained(folder, max_shard_size=shard_size)
+    """Write config.json, generation_config.json and safetensors as transformers itself writes them.
+
+    But tensors of CLIP and SigLIP keep the names that released folders give them, which begin with `vision_model.`:
+    newer versions of transformers leave that out when they write, and what follows its names (vLLM, SGLang) then finds
+    no encoder.
+    """
+    from lapilli.checkpoint.hf_write import vision_prefix
+
+    hf: Any = to_hf(model)
+    named = vision_prefix(model.config.vision_config).rstrip(".")
+    if named:
+        tower = torch.nn.Module()
+        tower.add_module(named, hf.model.vision_tower)
+        hf.model.vision_tower = tower
+    hf.save_pretrained(folder, max_shard_size=shard_size)
 
 
 def from_hf_config(config: Any, tile: tuple[int, int] | None = None, mode: str | None = None) -> LapilliConfig:
