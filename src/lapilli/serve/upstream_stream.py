@@ -199,11 +199,12 @@ def _told(error: Any, engine: str, status: int | None = None) -> ApiError:
     if blamed not in _THEIR_FAULT:
         return broken(engine, "it reported a failure; its log says which")
     words = "".join(c if c.isprintable() else " " for c in message[:_LONGEST]) if isinstance(message, str) else ""
-    full = "context length" in words or "longer than the model" in words
+    full = code == "context_length_exceeded" or "context length" in words
+    known = code if isinstance(code, str) and code.isidentifier() and len(code) < 60 else None
     return ApiError(
         413 if blamed == 413 else 400,
         words.strip() or "the engine refused the request",
-        code="context_length_exceeded" if full else None,
+        code="context_length_exceeded" if full else known,
         param="messages" if full else None,
     )
 
