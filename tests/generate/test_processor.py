@@ -60,9 +60,9 @@ def test_places_and_pictures_that_disagree_are_refused(tiny, picture):
         tiny.processor(text=[TEXT, TEXT], images=[[picture]])
 
 
-def test_a_prompt_without_a_token_is_refused(tiny):
+def test_a_prompt_without_a_token_is_refused(parrot):
     with pytest.raises(DataError, match="no token"):
-        tiny.processor.rendered("")
+        parrot.processor.rendered("")
 
 
 def test_another_image_token_and_marks_around_pictures(models, picture):
