@@ -81,7 +81,7 @@ def _ray(job: Job, processes: int, address: str | None) -> Iterator[Submit]:
         if address is None:
             ray.init(num_cpus=processes, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         else:
-            _refuse_silence(address)
+            refuse_silence(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
         raise RunError(f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})") from error
@@ -98,7 +98,7 @@ def _ray(job: Job, processes: int, address: str | None) -> Iterator[Submit]:
         ray.shutdown()
 
 
-def _refuse_silence(address: str) -> None:
+def refuse_silence(address: str) -> None:
     """Raise OSError if nothing listens at host:port: Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
