@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lapilli.base.errors import RunError
 from lapilli.data.template import Template
@@ -19,7 +19,7 @@ from lapilli.serve.reading import Reader, image_limits
 from lapilli.serve.refusal import ApiError
 from lapilli.serve.remote import RemotePictures
 from lapilli.serve.settings import Limits
-from lapilli.serve.worker import Worker
+from lapilli.serve.worker import Post, Wanted, Worker
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +46,26 @@ def name_models(given: Sequence[str]) -> dict[str, str]:
     return named
 
 
+class Works(Protocol):
+    """What makes a model's answers: a thread of this process (`Worker`), or replicas elsewhere."""
+
+    failures: int
+
+    @property
+    def alive(self) -> bool: ...
+    @property
+    def active(self) -> int: ...
+    def start(self, post: Post) -> None: ...
+    def want(self, wanted: Wanted) -> None: ...
+    def stop(self) -> None: ...
+
+
 @dataclass(eq=False)
 class Served:
-    """One model with its thread, and the answers of it that are on their way. Touched by the event loop alone."""
+    """One model, and the answers of it that are on their way. Touched by the event loop alone."""
 
     name: str
-    worker: Worker
+    worker: Works
     reader: Reader
     vocabulary: Vocabulary
     limits: Limits
