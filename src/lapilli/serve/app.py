@@ -15,6 +15,7 @@ from starlette.types import Lifespan
 from lapilli.base.version import VERSION
 from lapilli.serve.backend import Backend, Card, unknown_model
 from lapilli.serve.description import ANSWERED, DescribedApi, ModelCard, ModelList, text
+from lapilli.serve.direct import CHAT, Direct
 from lapilli.serve.guard import OPEN_PATHS, Guard
 from lapilli.serve.metrics import Metrics
 from lapilli.serve.page.routes import Page, add_page
@@ -35,7 +36,7 @@ def make_app(backend: Backend, keys: Keys, limits: Limits, *, page: Page | None 
     open_paths = frozenset() if page is None else page.open_paths
     app = bare_app("lapilli", life, keys, open_paths)
 
-    @app.post("/v1/chat/completions", summary="Answer a conversation", responses=ANSWERED)
+    @app.post(CHAT, summary="Answer a conversation", responses=ANSWERED)
     async def chat(body: ChatRequest, request: Request) -> Response:
         return await backend.complete(body, request)
 
@@ -64,7 +65,7 @@ def make_app(backend: Backend, keys: Keys, limits: Limits, *, page: Page | None 
 
     if page is not None:
         add_page(app, page, backend, limits)
-    return Guard(app, keys, limits, metrics, open_paths=open_paths)
+    return Guard(Direct(app, backend.complete, _refuse), keys, limits, metrics, open_paths=open_paths)
 
 
 def bare_app(title: str, life: Lifespan[FastAPI], keys: Keys, open_paths: frozenset[str] = frozenset()) -> FastAPI:

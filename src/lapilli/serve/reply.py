@@ -24,6 +24,9 @@ _CONTENT, _REST = ',"delta":{"content":', '},"logprobs":null,"finish_reason":nul
 _FINISH = {"stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
 
 
+_json = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
+
+
 class Tokens:
     """Log-probabilities with each token's text, of one answer; `add` is called with its tokens in order."""
 
@@ -126,13 +129,9 @@ class Reply:
         """One event of a stream; `answer` is given with the last one of its index."""
         if logprobs is None and answer is None and delta.keys() == {"content"}:  # nearly all events, made nearly free
             return f"{self._begin}{index}{_CONTENT}{encode_basestring(delta['content'])}{_REST}".encode()
-        choice = {
-            "index": index,
-            "delta": delta,
-            "logprobs": None if logprobs is None else {"content": logprobs, "refusal": None},
-            "finish_reason": None if answer is None else _FINISH[answer.finish],
-        }
-        return event(self._head("chat.completion.chunk") | {"choices": [choice]})
+        told = None if logprobs is None else {"content": logprobs, "refusal": None}
+        rest = {"delta": delta, "logprobs": told, "finish_reason": None if answer is None else _FINISH[answer.finish]}
+        return f"{self._begin}{index},{_json(rest)[1:]}]}}\n\n".encode()
 
     def usage_chunk(self, completion_tokens: int) -> bytes:
         """The event before `[DONE]` that brings the usage and no choices."""
@@ -142,8 +141,7 @@ class Reply:
     @cached_property
     def _begin(self) -> str:
         """An event up to its choice's index, which comes first in it."""
-        head = json.dumps(self._head("chat.completion.chunk"), ensure_ascii=False, separators=(",", ":"))
-        return f'data: {head[:-1]},"choices":[{{"index":'
+        return f'data: {_json(self._head("chat.completion.chunk"))[:-1]},"choices":[{{"index":'
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
@@ -151,4 +149,4 @@ class Reply:
 
 def event(body: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return f"data: {_json(body)}\n\n".encode()
