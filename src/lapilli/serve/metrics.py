@@ -24,6 +24,8 @@ _HELP = {
     "lapilli_pictures_total": "Pictures that were taken.",
     "lapilli_first_token_seconds": "From a request's arrival to its first text.",
     "lapilli_refused_total": "Requests refused, by reason.",
+    "lapilli_moderation_total": "Questions that a moderation service was asked about, by result.",
+    "lapilli_moderation_seconds": "From asking the moderation service to its answer.",
 }
 
 
