@@ -12,6 +12,7 @@ import httpx
 import pytest
 from tests.support.server_process import serving
 
+from lapilli.data.template import Template
 from lapilli.serve.cluster.controller import Controller, Known
 from lapilli.serve.cluster.frames import NO_WORKER, WORKER_GONE
 from lapilli.serve.refusal import ApiError
@@ -57,7 +58,9 @@ def test_a_question_takes_the_way_of_the_original_clients(cluster, parrot):
     controller, worker = cluster
     assert post(controller, "get_worker_address", {"model": "parrot"}).json() == {"address": worker}
     assert post(controller, "get_worker_address", {"model": "none"}).json() == {"address": ""}
-    assert post(worker, "worker_get_status").json() == {"model_names": ["parrot"], "speed": 1, "queue_length": 0}
+    status = post(worker, "worker_get_status").json()
+    assert Template.model_validate(status.pop("templates")["parrot"]) == parrot.template
+    assert status == {"model_names": ["parrot"], "speed": 1, "queue_length": 0}
     prompt = "A chat. USER: What is it? ASSISTANT:"
     asked = {
         "model": "parrot",

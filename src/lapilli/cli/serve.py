@@ -1,17 +1,14 @@
 """`lapilli serve`: models behind OpenAI's API, for any client of it; and the parts of LLaVA's cluster, as sub-verbs."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from lapilli.base.errors import RunError
 from lapilli.cli.held import held
-
-if TYPE_CHECKING:
-    from lapilli.serve.page.routes import Page
-    from lapilli.serve.settings import Limits
+from lapilli.cli.serve_cluster import ask, register, web
+from lapilli.cli.serving import device_of, import_server, make_page, say, start_log, tell, without_effect
 
 _API = "models"
 
@@ -26,6 +23,9 @@ class _Serve(TyperGroup):
 
 
 app = typer.Typer(cls=_Serve, add_completion=False, rich_markup_mode=None)
+app.command()(web)
+app.command()(register)
+app.command("test")(ask)
 
 
 @app.command(_API, epilog="Parts of LLaVA's cluster: `lapilli serve controller --help`, `lapilli serve worker --help`.")
@@ -105,33 +105,33 @@ def serve(
         drain_seconds=drain_seconds,
         requests_per_minute=requests_per_minute,
     )
-    serving = _import_server()
+    serving = import_server()
     bound = serving.bind(host, port)  # before the wait for models
 
     from lapilli.serve.remote import RemotePictures
 
-    page = None if no_page else _page(limits, examples, log_dir, log_bytes)
+    page = None if no_page else make_page(limits, examples, log_dir, log_bytes)
     remote = RemotePictures(image_bytes) if allow_image_urls else None
-    _log()
+    start_log()
     if engine is not None or engine_url is not None:
         from lapilli.cli.serve_engine import engine_backend, refuse_own
 
         refuse_own({"--base": base, "--load-8bit": load_8bit, "--load-4bit": load_4bit, "--device": device != "auto"})
         chosen: dict[str, Any] = {"engine": engine or "openai", "url": engine_url, "options": engine_args}
         chosen |= {"seconds": engine_seconds, "template": template, "remote": remote}
-        with engine_backend(models, limits, _say, **chosen) as backend:
-            serving.serve(backend, keys, limits, bound, _tell(", ".join(backend.names), page), page)
+        with engine_backend(models, limits, say, **chosen) as backend:
+            serving.serve(backend, keys, limits, bound, tell(", ".join(backend.names), page), page)
         return
 
     from lapilli.serve.local import LocalModels
     from lapilli.serve.models import name_models, open_models
 
     named = name_models(models)
-    device = _device(device)
+    device = device_of(device)
     how: dict[str, Any] = {"base": base, "device": device, "template": template, "quantise": bits}
     opened = open_models(named, limits, remote=remote, **how)
     names = ", ".join(opened)
-    serving.serve(LocalModels(opened), keys, limits, bound, _tell(names, page), page)
+    serving.serve(LocalModels(opened), keys, limits, bound, tell(names, page), page)
 
 
 @app.command()
@@ -152,16 +152,16 @@ def controller(
         raise RunError(f"--dispatch-method {dispatch_method}: give shortest_queue or lottery")
     keys = read_keys(api_key_file)
     check_address(host, keys)
-    serving = _import_server()
+    serving = import_server()
     bound = serving.bind(host, port)
 
     from lapilli.serve.cluster.controller import Controller
     from lapilli.serve.cluster.controller_app import make_controller_app
 
-    _log()
+    start_log()
     table = Controller(dispatch_method, own_key(), anywhere=bool(keys))
     app = make_controller_app(table, keys, Limits())
-    serving.serve_app(app, bound, 60.0, lambda: _say(f"controller at {serving.root_of(bound)}"))
+    serving.serve_app(app, bound, 60.0, lambda: say(f"controller at {serving.root_of(bound)}"))
 
 
 @app.command()
@@ -174,9 +174,11 @@ def worker(
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 21002,
     worker_address: Annotated[
-        str | None, typer.Option("--worker-address", "--worker", help="How the controller reaches it.")
+        str | None, typer.Option("--worker-address", "--worker", metavar="URL", help="How the controller reaches it.")
     ] = None,
-    controller_address: Annotated[str, typer.Option("--controller-address", "--controller")] = "http://127.0.0.1:21001",
+    controller_address: Annotated[
+        str, typer.Option("--controller-address", "--controller", "--controller-url", metavar="URL")
+    ] = "http://127.0.0.1:21001",
     no_register: Annotated[bool, typer.Option("--no-register", help="Tell no controller.")] = False,
     api_key_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Keys that may ask, one a line; or LAPILLI_API_KEY.")
@@ -193,75 +195,22 @@ def worker(
     from lapilli.serve.settings import Limits, check_address, own_key, read_keys
 
     bits = held(load_8bit, load_4bit)
-    for flag, given in (("--multi-modal", multi_modal), ("--stream-interval", stream_interval is not None),
-                        ("--use-flash-attn", use_flash_attn)):  # fmt: skip
-        if given:
-            _say(f"{flag} is taken from old command lines and has no effect")
+    without_effect(
+        {"--multi-modal": multi_modal, "--stream-interval": stream_interval, "--use-flash-attn": use_flash_attn}
+    )
     keys = read_keys(api_key_file)
     check_address(host, keys)
-    serving = _import_server()
+    serving = import_server()
     bound = serving.bind(host, port)
 
     from lapilli.serve.cluster.worker_app import Registration, make_worker_app
     from lapilli.serve.models import name_models, open_models
 
     limits = Limits(slots=limit_model_concurrency)
-    _log()
+    start_log()
     named = name_models([f"{model_name}={model_path}" if model_name else model_path])
-    (model,) = open_models(named, limits, device=_device(device), base=model_base, quantise=bits).values()
+    (model,) = open_models(named, limits, device=device_of(device), base=model_base, quantise=bits).values()
     address = (worker_address or serving.root_of(bound)).rstrip("/")
     registration = None if no_register else Registration(controller_address, address, own_key())
     app = make_worker_app(model, keys, limits, registration)
-    serving.serve_app(app, bound, limits.drain_seconds, lambda: _say(f"{model.name}, worker at {address}"))
-
-
-def _page(limits: "Limits", examples: str | None, log_dir: str | None, log_bytes: int) -> "Page":
-    """The page; what can't be shown on it is said before the wait for models."""
-    from lapilli.serve.page.examples import read_examples
-    from lapilli.serve.page.log import ConversationLog
-    from lapilli.serve.page.routes import Page
-    from lapilli.serve.reading import image_limits
-
-    bounds = image_limits(limits)
-    shown = () if examples is None else read_examples(examples, bounds)
-    return Page(shown, None if log_dir is None else ConversationLog(log_dir, bounds, limits.images, log_bytes))
-
-
-def _tell(names: str, page: "Page | None") -> Callable[[str], None]:
-    """What is said once the server listens."""
-
-    def tell(url: str) -> None:
-        if page is not None:
-            _say(f"page: {url.removesuffix('v1')}")
-            if page.log is not None:
-                _say(f"what is said on the page is kept in {page.log.folder}")
-        _say(f"{names} at {url}")
-
-    return tell
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
-
-
-def _log() -> None:
-    import logging
-
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("lapilli").setLevel(logging.INFO)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-def _import_server() -> Any:
-    try:
-        from lapilli.serve import server
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("fastapi", "starlette", "uvicorn"):
-            raise
-        raise RunError("serving needs FastAPI and uvicorn: pip install 'lapilli[serve]'") from error
-    return server
+    serving.serve_app(app, bound, limits.drain_seconds, lambda: say(f"{model.name}, worker at {address}"))

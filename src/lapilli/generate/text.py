@@ -26,24 +26,17 @@ class Vocabulary:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-class TextStream:
-    """Text of one growing answer. `on_text` is given each new piece, never a broken character or a stop string.
+class HeldText:
+    """A growing text of which `on_text` is given each new piece, never a part of a stop string.
 
-    `stopped` becomes true at the first stop string; `text` is the answer so far, without it and without blanks at its
-    ends. Special tokens leave no text.
+    `stopped` becomes true at the first stop string; `text` is what there is so far, without it and without blanks at
+    its ends.
     """
 
-    def __init__(
-        self, vocabulary: Vocabulary, stop: Sequence[str] = (), on_text: Callable[[str], None] | None = None
-    ) -> None:
+    def __init__(self, stop: Sequence[str] = (), on_text: Callable[[str], None] | None = None) -> None:
         self.stopped = False
-        self._vocabulary = vocabulary
         self._stop = tuple(s for s in stop if s)
         self._on_text = on_text
-        self._ids: list[int] = []
-        # Tokens before `_told` have given their text; decoding begins at `_context`, a little before, because how a
-        # token is spelt can depend on the one before it.
-        self._context = self._told = 0
         self._raw = ""
         self._shown = 0
 
@@ -51,34 +44,17 @@ class TextStream:
     def text(self) -> str:
         return self._raw[: self._end()].strip() if self.stopped else self._raw.strip()
 
-    def push(self, token_id: int) -> None:
-        """Take the next token."""
-        if self.stopped or token_id in self._vocabulary.special:
+    def add(self, piece: str) -> None:
+        """Take more text; after a stop string, none."""
+        if self.stopped:
             return
-        self._ids.append(token_id)
-        before, after = self._decoded()
-        if after.endswith(_BROKEN):
-            return  # perhaps the first bytes of a character
-        self._take(after[len(before) :])
-
-    def finish(self) -> None:
-        """No token follows: what was held back is text after all."""
-        if not self.stopped:
-            before, after = self._decoded()
-            self._take(after[len(before) :])
-        self._show(len(self._raw) if not self.stopped else self._end())
-
-    def _decoded(self) -> tuple[str, str]:
-        decode = self._vocabulary.decode
-        return decode(self._ids[self._context : self._told]), decode(self._ids[self._context :])
-
-    def _take(self, piece: str) -> None:
-        if piece:  # decoding from a token that leaves no text would take the next one for the beginning of a text
-            self._context = self._told
-        self._told = len(self._ids)
         self._raw += piece
         self.stopped = self._end() < len(self._raw)
         self._show(self._end() if self.stopped else len(self._raw) - self._possible_stop())
+
+    def finish(self) -> None:
+        """Nothing follows: what was held back is text after all."""
+        self._show(len(self._raw) if not self.stopped else self._end())
 
     def _end(self) -> int:
         """Where the first stop string begins; the length of the text if there is none."""
@@ -103,6 +79,47 @@ class TextStream:
             if self._on_text is not None:
                 self._on_text(self._raw[begin:end])
             self._shown = end
+
+
+class TextStream(HeldText):
+    """Text of one growing answer, token by token: never a broken character. Special tokens leave no text."""
+
+    def __init__(
+        self, vocabulary: Vocabulary, stop: Sequence[str] = (), on_text: Callable[[str], None] | None = None
+    ) -> None:
+        super().__init__(stop, on_text)
+        self._vocabulary = vocabulary
+        self._ids: list[int] = []
+        # Tokens before `_told` have given their text; decoding begins at `_context`, a little before, because how a
+        # token is spelt can depend on the one before it.
+        self._context = self._told = 0
+
+    def push(self, token_id: int) -> None:
+        """Take the next token."""
+        if self.stopped or token_id in self._vocabulary.special:
+            return
+        self._ids.append(token_id)
+        before, after = self._decoded()
+        if after.endswith(_BROKEN):
+            return  # perhaps the first bytes of a character
+        self._take(after[len(before) :])
+
+    def finish(self) -> None:
+        """No token follows: what was held back is text after all."""
+        if not self.stopped:
+            before, after = self._decoded()
+            self._take(after[len(before) :])
+        super().finish()
+
+    def _decoded(self) -> tuple[str, str]:
+        decode = self._vocabulary.decode
+        return decode(self._ids[self._context : self._told]), decode(self._ids[self._context :])
+
+    def _take(self, piece: str) -> None:
+        if piece:  # decoding from a token that leaves no text would take the next one for the beginning of a text
+            self._context = self._told
+        self._told = len(self._ids)
+        self.add(piece)
 
 
 THINK, THOUGHT = "<think>", "</think>"

@@ -128,5 +128,5 @@ def served(name: str, assistant: Assistant, limits: Limits, remote: RemotePictur
         Reader(engine, processor, limits, remote),
         Vocabulary(assistant.tokenizer),
         limits,
-        assistant.template,
+        assistant.template.bind(assistant.tokenizer),
     )

@@ -8,6 +8,7 @@ registers again. Everything here runs in one event loop: nothing is shared with 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import random
 import time
@@ -30,6 +31,7 @@ _STREAM_SECONDS = 60.0
 """How long a worker may say nothing while it answers; a queue in front of it is part of that."""
 _WORKERS = 1000
 _MODELS = 100
+_TEMPLATE_CHARACTERS = 200_000
 
 
 @dataclass
@@ -41,6 +43,8 @@ class Known:
     queue_length: float
     check: bool
     """Whether it is forgotten when it falls silent."""
+    templates: Mapping[str, Any] = field(default_factory=dict)
+    """How prompts of its models are written, where it says so; passed on unread."""
     beat: float = field(default_factory=time.monotonic)
 
 
@@ -110,6 +114,7 @@ class Controller:
             "model_names": self.models(),
             "speed": sum(one.speed for one in known),
             "queue_length": sum(one.queue_length for one in known),
+            "templates": {model: fields for one in known for model, fields in one.templates.items()},
         }
 
     async def refresh(self) -> None:
@@ -182,7 +187,11 @@ def _known(name: str, check: bool, status: Mapping[str, Any]) -> Known:
         raise invalid(f"worker_status: {name} says {type(error).__name__}", "worker_status") from error
     if not models or not 0 < speed < 1e6 or not 0 <= waiting < 1e6:
         raise invalid("worker_status: needs model_names, and numbers that make sense", "worker_status")
-    return Known(models, speed, waiting, check)
+    told = status.get("templates")
+    templates = {model: told[model] for model in models if model in told} if isinstance(told, dict) else {}
+    if len(json.dumps(templates)) > _TEMPLATE_CHARACTERS:
+        raise invalid(f"worker_status: templates of more than {_TEMPLATE_CHARACTERS:,} characters", "worker_status")
+    return Known(models, speed, waiting, check, templates)
 
 
 async def _listens(name: str) -> bool:

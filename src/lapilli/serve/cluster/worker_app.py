@@ -151,7 +151,7 @@ async def _answer(model: Served, body: _Ask, request: Request, readers: Executor
 
 
 async def _frames(pending: Pending, prompt: str, prompt_tokens: int) -> AsyncIterator[bytes]:
-    """The text so far with every piece; with the last object, what the original does not say: its end and its tokens."""
+    """The text so far with every piece; with the last one, beyond the original, how it ended and its tokens."""
     text = prompt
     last: dict[str, Any] = {}
     try:
