@@ -1,4 +1,6 @@
+import base64
 import json
+from pathlib import Path
 
 import pytest
 from tests.support.tiny import make_picture
@@ -137,3 +139,17 @@ def test_a_saved_conversation_is_gone_on_with_its_pictures_too(parrot, prompts, 
     with pytest.raises(DataError, match="no such file"):
         other.open(tmp_path / "chat.json")
     assert other.exchanges == 2
+
+
+def test_pictures_inside_a_saved_conversation_are_opened(parrot, picture, tmp_path):
+    """As the web page exports them: data addresses, which `save` writes as files."""
+    url = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+    turns = [{"from": "human", "value": "<image>\n<image>\nAlike?"}, {"from": "gpt", "value": "yes"}]
+    (tmp_path / "page.json").write_text(json.dumps([{"id": "a", "image": [url, url], "conversations": turns}]))
+    session = Session(parrot)
+    session.open(tmp_path / "page.json")
+    assert session.history() == [("<image>\n<image>\nAlike?", "yes", ["picture in page.json"] * 2)]
+    session.save(tmp_path / "again.json")
+    other = Session(parrot)
+    other.open(tmp_path / "again.json")
+    assert [Path(name).name for name in other.history()[0][2]] == ["again-1.png", "again-2.png"]

@@ -152,10 +152,17 @@ class Session:
             raise DataError(f"{file}: questions and answers must alternate, and an answer come last")
         said: list[_Exchange] = []
         for asked, answered in zip(messages[::2], messages[1::2], strict=True):
-            paths = [file.parent / part.path for part in asked.parts if isinstance(part, Image) and part.path]
-            shown = [_Shown(str(p.resolve()), open_picture(p, self.assistant.processor.limits)) for p in paths]
-            said.append(_Exchange(asked.text, answered.text, tuple(shown)))
+            shown = tuple(self._opened(part, file) for part in asked.parts if isinstance(part, Image))
+            said.append(_Exchange(asked.text, answered.text, shown))
         self.system, self._said, self._waiting = system, said, []
+
+    def _opened(self, image: Image, file: Path) -> _Shown:
+        """A picture of a saved conversation: a file's, or one that stands in the record, as the page's do."""
+        limits = self.assistant.processor.limits
+        if image.data is not None:
+            return _Shown(f"picture in {file.name}", open_picture(image.data, limits), is_file=False)
+        path = file.parent / str(image.path)
+        return _Shown(str(path.resolve()), open_picture(path, limits))
 
     def record(self, name: str) -> dict[str, Any]:
         """The conversation as a record of LLaVA's data format; pictures by their full path, or their address."""
