@@ -28,7 +28,7 @@ help:
 	@echo "make quickstart   install, then build, train and examine a small assistant on real images (offline, CPU)"
 	@echo "make test         the fast tests"
 	@echo "make test-slow    the slow tests"
-	@echo "make soak         the very slow ones: a run killed at thirty random moments"
+	@echo "make soak         the very slow ones: runs killed at random moments, servers under load and under broken requests"
 	@echo "make lint         ruff, pyright and the import floors"
 	@echo "make bench        the training benchmark"
 	@echo "make clean        remove the environment and the quickstart's run"
