@@ -23,6 +23,11 @@ WAYS = {
     "checkpointing": ["train.gradient_checkpointing=full"],
     "full, checkpointing": ["train.freeze=full", "train.gradient_checkpointing=full"],
     "two micro-batches": ["train.tokens_per_micro_batch=2048"],
+    "four micro-batches, full": ["train.freeze=full", "train.tokens_per_micro_batch=1024"],
+    "bf16": ["run.precision=bf16"],
+    "bf16, full": ["run.precision=bf16", "train.freeze=full"],
+    "bf16, four micro-batches": ["run.precision=bf16", "train.tokens_per_micro_batch=1024"],
+    "static shapes": ["run.static_shapes=2", "train.tokens_per_micro_batch=2048"],
     "two samples": ["train.global_batch_size=2"],
     "two samples, checkpointing": ["train.global_batch_size=2", "train.gradient_checkpointing=full"],
 }

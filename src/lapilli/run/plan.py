@@ -6,17 +6,17 @@ training changes weights, not their shapes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
 from lapilli.base.errors import ModelError
 from lapilli.base.progress import Progress
 from lapilli.recipe.load import LoadedRecipe
-from lapilli.recipe.schema import Stage
+from lapilli.recipe.schema import Source, Stage
 from lapilli.train.plan.machine import Machine
 from lapilli.train.plan.plan import CHECKPOINTING, StagePlan, plan_stage
-from lapilli.train.plan.workload import Workload, assumed, planned
+from lapilli.train.plan.workload import Workload, assumed, planned, planned_shapes
 from lapilli.train.reading import Reading, read_corpus, read_description, reading
 
 
@@ -48,9 +48,16 @@ def plan_recipe(
 
 
 def _workload(stage: Stage, how: Reading, processes: int, stream: TextIO | None) -> Workload:
-    absent = [source.path for source in stage.data.train if "{" not in source.path and not Path(source.path).exists()]
+    absent = _absent(stage.data.train)
     if absent:
         return assumed(stage, how, processes, f"{absent[0]} is not there")
     if not stage.data.train:
         return assumed(stage, how, processes, "data.train names nothing")
-    return planned(stage, how, read_corpus(stage.data.train, stage, how, True, stream), processes)
+    corpora = [read_corpus(stage.data.train, stage, how, True, stream)]
+    if stage.data.validation and not _absent(stage.data.validation):
+        corpora.append(read_corpus(stage.data.validation, stage, how, True, stream))  # fixed shapes are for it too
+    return planned(stage, how, corpora[0], processes, planned_shapes(stage, corpora))
+
+
+def _absent(sources: Sequence[Source]) -> list[str]:
+    return [source.path for source in sources if "{" not in source.path and not Path(source.path).exists()]

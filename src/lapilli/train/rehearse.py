@@ -37,7 +37,7 @@ def rehearse(stage: Stage, resume: str, say: Say, stream: TextIO | None, world: 
 
 
 def _tell(stage: Stage, found: Survey, say: Say, world: World) -> None:
-    work = planned(stage, found.how, found.corpus, world.size)
+    work = planned(stage, found.how, found.corpus, world.size, found.shapes)
     machine = here(stage.run.precision, cpu=found.device.name == "cpu")
     plan = plan_stage(stage, found.how, str(stage.model), work, machine, world.size, only_chosen=True)
     say(describe_parts(plan.parts))

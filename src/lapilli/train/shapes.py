@@ -22,21 +22,31 @@ def fixed_shapes(stage: Stage, device: Device, corpora: Sequence[Corpus]) -> tup
 
     Raises RecipeError for settings that leave no choice of shapes, and for conversations longer than a micro-batch.
     """
-    count = stage.run.static_shapes if stage.run.static_shapes is not None else device.static_shapes
+    shapes = shapes_of(stage, device.static_shapes, device.name, corpora)
+    if shapes and device.static_shapes and stage.run.compile and (count := _count(stage, 0)) > MOST_COMPILED:
+        raise RunError(f"run.static_shapes: {count} with run.compile: torch.compile keeps at most {MOST_COMPILED}")
+    return shapes
+
+
+def shapes_of(stage: Stage, usual: int, where: str, corpora: Sequence[Corpus]) -> tuple[Shape, ...]:
+    """As `fixed_shapes`, for a kind of device, `where`, that has `usual` shapes if the recipe does not say how many."""
+    count = _count(stage, usual)
     if not count:
         return ()
     if stage.train.loss_reduction == "microbatch_mean":
         raise RecipeError(
-            f"run.static_shapes ({count} on {device.name}) and train.loss_reduction: microbatch_mean exclude each "
+            f"run.static_shapes ({count} on {where}) and train.loss_reduction: microbatch_mean exclude each "
             "other: micro-batches of consecutive samples have any shape; use loss_reduction: tokens"
         )
-    if device.static_shapes and stage.run.compile and count > MOST_COMPILED:
-        raise RunError(f"run.static_shapes: {count} with run.compile: torch.compile keeps at most {MOST_COMPILED}")
     lengths, pictures, supervised = (
         np.concatenate([getattr(corpus.index, name) for corpus in corpora])
         for name in ("lengths", "pictures", "supervised")
     )
     return choose_shapes(lengths, pictures, supervised, stage.train.tokens_per_micro_batch, count)
+
+
+def _count(stage: Stage, usual: int) -> int:
+    return usual if stage.run.static_shapes is None else stage.run.static_shapes
 
 
 def describe_shapes(shapes: Sequence[Shape], corpus: Corpus, step_samples: int) -> str:

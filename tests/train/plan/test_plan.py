@@ -13,6 +13,7 @@ from tests.support.runs import train_alone
 from lapilli.base.errors import RunError
 from lapilli.recipe.load import load_recipe
 from lapilli.run.plan import plan_recipe
+from lapilli.train.metrics import read_metrics
 from lapilli.train.parallel.single import Single
 from lapilli.train.plan.machine import named
 from lapilli.train.plan.plan import SEVERAL
@@ -55,6 +56,21 @@ def test_what_does_not_fit_comes_with_what_would(recipe_file):
     assert promised.total <= between.machine.memory_bytes
     below = plan(path, "train.freeze=full", "train.tokens_per_micro_batch=4000", memory=least - 1_000_000)
     assert any("tokens_per_micro_batch=" in line for line in below.advice())
+
+
+def test_padding_to_fixed_shapes_is_planned_as_the_run_has_it(recipe_file):
+    path, shapes = recipe_file(), "run.static_shapes=2"
+    made, packed = plan(path, shapes), plan(path)
+    rows = read_metrics(train_alone(path, shapes) / "metrics.jsonl")
+    positions = sum(row["tokens"] / (1 - row["padding"]) for row in rows)
+    assert made.workload.positions_per_step * len(rows) == pytest.approx(positions, rel=1e-4)
+    assert made.workload.tokens_per_step == packed.workload.tokens_per_step
+    share = 1 - sum(row["tokens"] for row in rows) / positions
+    assert f"{share:.0%} of a step is padding" in "\n".join(made.lines())
+    assert made.flops_per_step["none"] > packed.flops_per_step["none"]
+    assert made.workload.shape.tokens == made.workload.positions <= 700
+    absent = plan(path, shapes, "data.train=absent.json").workload
+    assert absent.positions_per_step > absent.tokens_per_step
 
 
 def test_data_that_are_not_there_are_assumed_and_said(recipe_file, tmp_path):

@@ -10,6 +10,7 @@ from tests.train.conftest import REFERENCE
 
 from lapilli.assemble.build import BuildOptions, build
 from lapilli.base.errors import RecipeError
+from lapilli.data.buckets import Shape
 from lapilli.recipe.load import load_recipe
 from lapilli.train.loss import LossModule
 from lapilli.train.plan.heap import Heap
@@ -27,14 +28,14 @@ def stage_of(path, *overrides):
     return stage, reading(stage, *read_description(str(stage.model)))
 
 
-def traced(path, *overrides):
+def traced(path, *overrides, shape=None):
     stage, how = stage_of(path, *overrides)
     model = empty_model(str(stage.model), how)
     trainable(model, stage, how)
-    return trace_micro_batch(model, stage, how, PORTIONS)
+    return trace_micro_batch(model, stage, how, PORTIONS, shape)
 
 
-def really(path, *overrides):
+def really(path, *overrides, shape=None):
     """Peak of what PyTorch's CPU allocator really gave out in the same pass."""
     from lapilli.assemble.load import load
     from lapilli.train.plan import step as planning
@@ -51,7 +52,7 @@ def really(path, *overrides):
         def __exit__(self, *_):
             pass
 
-    batch = planning._batch(PORTIONS, how, model.config.image_token_id, Real())
+    batch = planning._batch(PORTIONS, how, model.config.image_token_id, Real(), shape)
     module(batch).backward()  # tables are made in the first pass
     model.zero_grad(set_to_none=True)
     gc.collect()
@@ -90,6 +91,13 @@ def test_a_model_that_pads_is_traced_too(recipe_file, tmp_path):
     build(BuildOptions(str(vision), str(language), dtype="float32"), tmp_path / "mpt")
     overrides = (f"model={tmp_path / 'mpt'}", "train.freeze=full")
     assert traced(recipe_file(), *overrides).peak_bytes == pytest.approx(really(recipe_file(), *overrides), rel=0.03)
+
+
+def test_padding_to_a_fixed_shape_is_held_too(recipe_file):
+    path, shape = recipe_file(), Shape(length=256, rows=4, pictures=4, targets=250)
+    padded = traced(path, "train.freeze=full", shape=shape).peak_bytes
+    assert padded == pytest.approx(really(path, "train.freeze=full", shape=shape), rel=0.03)
+    assert padded > 1.2 * traced(path, "train.freeze=full").peak_bytes
 
 
 def test_recomputing_holds_less_and_computes_more(recipe_file):

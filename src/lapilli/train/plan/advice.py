@@ -7,7 +7,7 @@ from lapilli.base.progress import size_text
 from lapilli.recipe.schema import Stage
 from lapilli.train.plan.machine import here
 from lapilli.train.plan.plan import plan_stage
-from lapilli.train.plan.workload import planned
+from lapilli.train.plan.workload import planned, planned_shapes
 from lapilli.train.reading import read_corpus, read_description, reading
 
 _CPU = "DefaultCPUAllocator"
@@ -30,7 +30,8 @@ def advise(stage: Stage, processes: int, error: BaseException) -> str:
         machine = here(stage.run.precision, cpu=stage.run.device == "cpu")
         how = reading(stage, *read_description(str(stage.model)))
         corpus = read_corpus(stage.data.train, stage, how, False)
-        plan = plan_stage(stage, how, str(stage.model), planned(stage, how, corpus, processes), machine, processes)
+        work = planned(stage, how, corpus, processes, planned_shapes(stage, [corpus]))
+        plan = plan_stage(stage, how, str(stage.model), work, machine, processes)
     except (LapilliError, RuntimeError, MemoryError) as failure:
         said.append(f"(what would fit can't be worked out: {str(failure).splitlines()[0]})")
         said.append("try train.gradient_checkpointing=full, then a smaller train.tokens_per_micro_batch")

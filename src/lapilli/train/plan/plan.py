@@ -85,6 +85,9 @@ class StagePlan:
             f"heaviest micro-batch: {work.tokens:,} tokens, {work.supervised:,} supervised, {work.pictures} pictures; "
             f"{work.micro_batches:.1f} of them per step and process",
         ]
+        if work.shape is not None:
+            share = 1 - work.tokens_per_step / work.positions_per_step
+            said.append(f"it is padded to {work.shape.rows} x {work.shape.length:,}; {share:.0%} of a step is padding")
         said += [f"note: {work.assumed}"] if work.assumed else []
         said += ["memory of each device:"]
         said += [f"  {name:<24}{size_text(size):>10}" for name, size in self.chosen.device.items() if size]
@@ -144,7 +147,8 @@ class StagePlan:
         least = min((one for one in self.options if one.engine == self.chosen.engine), key=lambda one: one.total)
         inside = least.device["activations"] + least.device["logits"]
         room = self.machine.memory_bytes - (least.total - inside)
-        tokens = self.workload.tokens // 2 if less else int(self.workload.tokens * room / inside) if inside else 0
+        now = self.workload.positions
+        tokens = now // 2 if less else int(now * room / inside) if inside else 0
         if self.stage.train.micro_batch_size or tokens < 64 or (self._fits(least) and not less):
             return []
         longest = max(portion.length for portion in self.workload.heaviest)
@@ -224,7 +228,7 @@ def plan_stage(
         model = empty_model(origin, how)
         parts = trainable(model, other, how)
         sizes = measure(model, None if stage.train.lora is None else stage.train.lora.quantise)
-        traced[mode] = trace_micro_batch(model, other, how, workload.heaviest)
+        traced[mode] = trace_micro_batch(model, other, how, workload.heaviest, workload.shape)
         if progress is not None:
             progress.update(number + 1)
     workers = stage.data.workers
@@ -235,7 +239,7 @@ def plan_stage(
     def need(name: str, mode: str) -> Needs:
         return needs(name, mode, sizes, traced[mode], workload.micro_batches, stage.train, stage.run, place)
 
-    scale = workload.tokens_per_step / max(1, workload.tokens)
+    scale = workload.positions_per_step / max(1, workload.positions)
     return StagePlan(
         stage, machine, processes, workload, sizes, parts, need(engine, asked),
         tuple(need(name, mode) for name in engines for mode in traced),

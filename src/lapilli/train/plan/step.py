@@ -16,7 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lapilli.assemble.skeleton import skeleton
 from lapilli.assemble.source import open_model
-from lapilli.data.sample import IGNORE, Batch, Pixels
+from lapilli.data.buckets import Shape
+from lapilli.data.rows import fill_rows
+from lapilli.data.sample import IGNORE, Batch, Example, Image, ImageSlot, Pixels
 from lapilli.model.freeze import PartCount
 from lapilli.model.quiet import quiet
 from lapilli.model.vlm import VisionLanguageModel
@@ -49,8 +51,17 @@ def trainable(model: VisionLanguageModel, stage: Stage, how: Reading) -> Sequenc
     return parts
 
 
-def trace_micro_batch(model: VisionLanguageModel, stage: Stage, how: Reading, micro_batch: Sequence[Portion]) -> Traced:
-    """Run one micro-batch forward and backward over a model on the meta device, which becomes hollow by it."""
+def trace_micro_batch(
+    model: VisionLanguageModel,
+    stage: Stage,
+    how: Reading,
+    micro_batch: Sequence[Portion],
+    shape: Shape | None = None,
+) -> Traced:
+    """Run one micro-batch, padded to `shape` if there is one, forward and backward over a model on the meta device.
+
+    The model becomes hollow by it.
+    """
     fake = FakeTensorMode()
     hollow(model, fake)
     module = LossModule(model, how.spec.image)
@@ -59,7 +70,7 @@ def trace_micro_batch(model: VisionLanguageModel, stage: Stage, how: Reading, mi
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(tracer.is_gradient)
-    batch = _batch(micro_batch, how, model.config.image_token_id, fake)
+    batch = _batch(micro_batch, how, model.config.image_token_id, fake, shape)
     autocast = torch.autocast("cpu", torch.bfloat16) if stage.run.precision == "bf16" else nullcontext()
     with quiet(), tracer:
         with autocast:
@@ -71,7 +82,9 @@ def trace_micro_batch(model: VisionLanguageModel, stage: Stage, how: Reading, mi
     return tracer.seen
 
 
-def _batch(portions: Sequence[Portion], how: Reading, image_token: int, fake: FakeTensorMode) -> Batch:
+def _batch(
+    portions: Sequence[Portion], how: Reading, image_token: int, fake: FakeTensorMode, shape: Shape | None = None
+) -> Batch:
     layout = how.layout
     ids, labels = [], []
     for portion in portions:
@@ -82,13 +95,15 @@ def _batch(portions: Sequence[Portion], how: Reading, image_token: int, fake: Fa
         target[portion.length - min(portion.supervised, portion.length - 1) :] = 1
         labels.append(target)
     lengths = torch.tensor([portion.length for portion in portions])
-    pictures = sum(portion.pictures for portion in portions)
+    pictures = sum(portion.pictures for portion in portions) if shape is None else shape.pictures
     images = {}
     if pictures:
         with fake:
             tiles = torch.empty(pictures, 3, layout.tile_height, layout.tile_width, dtype=torch.uint8)
         sizes = torch.tensor([[640, 480]] * pictures)
         images = {"vision": Pixels(tiles, torch.ones(pictures, dtype=torch.int64), sizes)}
+    if shape is not None:
+        return _padded(ids, labels, portions, shape, layout.tokens(640, 480), images)
     return Batch(
         torch.cat(ids),
         torch.cat(labels),
@@ -97,3 +112,26 @@ def _batch(portions: Sequence[Portion], how: Reading, image_token: int, fake: Fa
         images,
         tuple(str(i) for i in range(len(portions))),
     )
+
+
+def _padded(
+    ids: Sequence[torch.Tensor],
+    labels: Sequence[torch.Tensor],
+    portions: Sequence[Portion],
+    shape: Shape,
+    tokens_per_picture: int,
+    images: dict[str, Pixels],
+) -> Batch:
+    """The same rows padded as the run's are; pictures are put in afterwards, as they take no memory here."""
+    slots = [
+        tuple(ImageSlot(Image(""), n * tokens_per_picture, tokens_per_picture, 640, 480) for n in range(one.pictures))
+        for one in portions
+    ]
+    examples = [
+        Example(str(i), own.numpy(), target.numpy(), slots[i])
+        for i, (own, target) in enumerate(zip(ids, labels, strict=True))
+    ]
+    nothing = [torch.zeros(1, 3, 1, 1, dtype=torch.uint8)] * sum(len(own) for own in slots)
+    made = fill_rows(examples, nothing, shape, tile_size=(1, 1), tokens_per_picture=tokens_per_picture)
+    made.images = images
+    return made
