@@ -32,10 +32,14 @@ class ServerProcess:
 
 
 @contextmanager
-def serving(*arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[ServerProcess]:
+def serving(
+    *arguments: str, environment: Mapping[str, str] | None = None, seconds: float = 120
+) -> Iterator[ServerProcess]:
     """Start `lapilli serve` on a free port and wait until it listens; killed at the end if it still runs."""
     command = [sys.executable, "-m", "lapilli.cli", "serve", *arguments, "--port", "0"]
-    if arguments[0] != "controller":
+    if arguments[0] not in ("controller", "web") and not {"--engine-url", "--sgl-endpoint", "vllm", "sglang"} & {
+        *arguments
+    }:
         command += ["--device", "cpu"]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
@@ -56,7 +60,7 @@ def serving(*arguments: str, environment: Mapping[str, str] | None = None) -> It
     reader = threading.Thread(target=read)
     reader.start()
     try:
-        assert listens.wait(120), "no address after 120 s"
+        assert listens.wait(seconds), f"no address after {seconds} s"
         assert server.url, "\n".join(server.lines)
         yield server
     finally:

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -105,7 +106,7 @@ def ray_models(
         gpus = _gpus(place.gpus, device, wanted, cpus)
         settings = {**how, "base": None if base is None else str(Path(base).resolve())}
         settings["device"] = ("cuda" if gpus else "cpu") if device == "auto" else device
-        say(f"Ray: {_replicas(wanted)}, each with {cpus:g} CPUs (its threads) and {gpus:g} GPUs")
+        say(f"Ray: {_replicas(wanted)}; CPUs of each (and threads): {cpus:g}, GPUs: {gpus:g}")
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location="Disabled", logging_config=_QUIET)
         token, targets = secrets.token_hex(3), []
@@ -297,6 +298,8 @@ def _import_serve(starts: bool) -> Any:
     Ray's processes listen on all addresses, and whoever may call them may run programs; without the secret they refuse.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what replicas log comes to this log, without colours
     if starts:
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers give way to all else; here they are the work
         if "RAY_AUTH_MODE" not in os.environ:

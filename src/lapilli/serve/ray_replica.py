@@ -27,7 +27,7 @@ from lapilli.generate.processor import Processor, Prompt
 from lapilli.serve.local import running
 from lapilli.serve.models import Served, open_models
 from lapilli.serve.settings import Limits
-from lapilli.serve.worker import Event, Piece, Wanted
+from lapilli.serve.worker import Event, Piece, Wanted, Worker
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +40,11 @@ class Facts:
 
     processor: Processor
     room: Room
-    template: Template
+    template: Template | None
     takes: int
     """Answers that a replica is given at a time."""
     where: str
-    process: int
+    """The machine's name."""
     seconds: float
     """How long it took to load."""
 
@@ -106,6 +106,7 @@ class Replica:
 
     async def events(self, server: str) -> AsyncIterator[list[Numbered]]:
         """All that is made for `server` from now on; first an empty list. What others have asked for is dropped."""
+        await self.open()
         for wanted in self._wanted.values():
             wanted.leave()
         self._server, self._wanted, self._made = server, {}, asyncio.Queue()
@@ -147,11 +148,11 @@ class Replica:
         return open_models({self._name: self._path}, self._limits, **self._how)
 
     def _known(self, model: Served, seconds: float) -> Facts:
+        assert isinstance(model.worker, Worker)
         engine = model.worker.engine
         # A padded batch begins when the one before it has ended, so the next one has to wait here already.
         takes = self._limits.slots * (2 if engine.padded_because else 1)
-        template = engine.processor.template
-        return Facts(engine.processor, engine.room, template, takes, os.uname().nodename, os.getpid(), seconds)
+        return Facts(engine.processor, engine.room, model.template, takes, os.uname().nodename, seconds)
 
     def _tell(self, made: asyncio.Queue[Numbered], number: int, event: Event) -> None:
         if not isinstance(event, Piece):

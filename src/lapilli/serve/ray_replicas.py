@@ -32,7 +32,8 @@ _LOOK_SECONDS = 0.1
 _BEAT_SECONDS = 5.0
 """How often replicas hear that the server is there."""
 _AGAIN_SECONDS = 0.5
-"""From a replica's end to the next attempt to reach it."""
+"""From a replica's end to the next attempt to reach it; twice as long each time that it fails."""
+_LONGEST_PAUSE_SECONDS = 30.0
 
 
 @dataclass(eq=False, slots=True)
@@ -121,35 +122,38 @@ class Replicas:
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("what listens to replicas has failed", exc_info=task.exception())
 
     async def _listen(self, one: _Replica) -> None:
         """Hear what a replica makes, and after its end what the one makes that Ray starts in its place."""
-        again = False
+        pause, again = _AGAIN_SECONDS, False
         while True:
-            one.server = uuid.uuid4().hex
-            stream: Any = None
+            one.server, reason, stream = uuid.uuid4().hex, "it was stopped", None
             try:
                 await one.handle.open.remote()
                 stream = one.handle.options(stream=True).events.remote(one.server)
                 async for made in stream:
                     if not made:  # it listens
-                        one.up = True
+                        one.up, pause = True, _AGAIN_SECONDS
                         if again:
                             log.info("%s: answers again", one.label)
                         self._deal_soon()
                     self._hear(one, made)
-                reason = "it was stopped"
             except FAILURES as error:
                 reason = _said(error)
             finally:
-                one.up = False
+                one.up, again, lost = False, True, len(one.given)
+                self._lose(one, list(one.given))
                 if stream is not None:
                     stream.cancel()
-            log.error("%s: has ended, with %d answers (%s); Ray starts another one", one.label, len(one.given), reason)
-            self._lose(one, list(one.given))
-            again = True
-            await asyncio.sleep(_AGAIN_SECONDS)
+            log.error("%s: has ended (%s), %d answers are lost; Ray starts another one", one.label, reason, lost)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def _hear(self, one: _Replica, made: Sequence[Numbered]) -> None:
         heard: list[tuple[Wanted, Event]] = []
