@@ -1,5 +1,6 @@
 """`lapilli serve`: models behind OpenAI's API, for any client of it; and the parts of LLaVA's cluster, as sub-verbs."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -52,7 +53,7 @@ def serve(
     load_4bit: Annotated[bool, typer.Option("--load-4bit", help="Hold them in 4 bits, NF4.")] = False,
     engine: Annotated[
         str | None,
-        typer.Option(help="Let another server make the answers: vllm, sglang, or openai with --engine-url."),
+        typer.Option(help="Who makes the answers: vllm, sglang, openai with --engine-url, or ray: replicas of ours."),
     ] = None,
     engine_url: Annotated[
         str | None,
@@ -60,6 +61,17 @@ def serve(
     ] = None,
     engine_args: Annotated[str, typer.Option(metavar='"..."', help="Further options for the engine.")] = "",
     engine_seconds: Annotated[float, typer.Option(min=1, help="Time for the engine to load the model.")] = 1800.0,
+    replicas: Annotated[int | None, typer.Option(min=1, help="Of each model, with --engine ray. Default: 2.")] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="auto|HOST:PORT", help="Ray cluster to join. Default: one is started on this machine."),
+    ] = None,
+    replica_cpus: Annotated[
+        float | None, typer.Option(min=0.1, help="CPUs of each. Default: this machine's, shared out; in a cluster 1.")
+    ] = None,
+    replica_gpus: Annotated[
+        float | None, typer.Option(min=0, help="GPUs of each. Default: 1 where the cluster has any.")
+    ] = None,
     slots: Annotated[
         int | None, typer.Option(min=1, help="Answers that grow at a time. Default: 16 of a model, 256 of an engine.")
     ] = None,
@@ -94,7 +106,7 @@ def serve(
     keys = read_keys(api_key_file)
     check_address(host, keys)
     limits = Limits(
-        slots=slots or (16 if engine is None else 256),
+        slots=slots or (16 if engine in (None, "ray") else 256),
         queue=queue,
         new_tokens=new_tokens,
         images=images,
@@ -113,11 +125,25 @@ def serve(
     page = None if no_page else make_page(limits, examples, log_dir, log_bytes)
     remote = RemotePictures(image_bytes) if allow_image_urls else None
     start_log()
+    ray = {"replicas": replicas, "address": ray_address, "cpus": replica_cpus, "gpus": replica_gpus}
+    if engine != "ray":
+        _refuse_without_ray(ray)
+    elif engine_url is not None or engine_args:
+        raise RunError("--engine-url and --engine-args are not for --engine ray; --ray-address names a cluster")
+    else:
+        from lapilli.serve.models import name_models
+        from lapilli.serve.ray_cluster import Place, ray_models
+
+        place = Place(**{k: v for k, v in ray.items() if v is not None}, load_seconds=engine_seconds)
+        chosen: dict[str, Any] = {"base": base, "device": device, "template": template, "quantise": bits}
+        with ray_models(name_models(models), limits, place, say, remote=remote, **chosen) as backend:
+            serving.serve(backend, keys, limits, bound, tell(", ".join(backend.names), page), page)
+        return
     if engine is not None or engine_url is not None:
         from lapilli.cli.serve_engine import engine_backend, refuse_own
 
         refuse_own({"--base": base, "--load-8bit": load_8bit, "--load-4bit": load_4bit, "--device": device != "auto"})
-        chosen: dict[str, Any] = {"engine": engine or "openai", "url": engine_url, "options": engine_args}
+        chosen = {"engine": engine or "openai", "url": engine_url, "options": engine_args}
         chosen |= {"seconds": engine_seconds, "template": template, "remote": remote}
         with engine_backend(models, limits, say, **chosen) as backend:
             serving.serve(backend, keys, limits, bound, tell(", ".join(backend.names), page), page)
@@ -214,3 +240,10 @@ def worker(
     registration = None if no_register else Registration(controller_address, address, own_key())
     app = make_worker_app(model, keys, limits, registration)
     serving.serve_app(app, bound, limits.drain_seconds, lambda: say(f"{model.name}, worker at {address}"))
+
+
+def _refuse_without_ray(given: Mapping[str, object]) -> None:
+    flags = {"replicas": "--replicas", "address": "--ray-address", "cpus": "--replica-cpus", "gpus": "--replica-gpus"}
+    for name, flag in flags.items():
+        if given[name] is not None:
+            raise RunError(f"{flag} goes with --engine ray")
