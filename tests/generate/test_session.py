@@ -153,3 +153,27 @@ def test_pictures_inside_a_saved_conversation_are_opened(parrot, picture, tmp_pa
     other = Session(parrot)
     other.open(tmp_path / "again.json")
     assert [Path(name).name for name in other.history()[0][2]] == ["again-1.png", "again-2.png"]
+
+
+def test_a_conversation_is_exported_for_people(parrot, picture, tmp_path):
+    session = Session(parrot, system="Be <brief>.")
+    session.add_image("https://example.org/a.jpg", picture.read_bytes())
+    session.add_image(picture)
+    session.ask("Is <image> like <image>? <script>alert(1)</script>")
+    session.ask("Why?")
+    session.save(tmp_path / "talk.html")
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("talk")] == ["talk.html"]  # it needs nothing else
+    page = (tmp_path / "talk.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 2
+    assert page.index("Be &lt;brief&gt;") < page.index("&lt;script&gt;alert(1)") < page.index("Why?")
+    assert page.count("a red dog 음식") == 2
+    assert "<script>alert" not in page
+    assert "http" not in page.replace("http-equiv", "")
+    session.save(tmp_path / "talk.md")
+    kept = (tmp_path / "talk-1.png").resolve()
+    assert kept.is_file()
+    assert (tmp_path / "talk.md").read_text().splitlines()[2:] == [
+        "System: Be <brief>.", "",
+        f"> Is ![talk-1.png](<{kept}>) like ![{picture.name}](<{picture.resolve()}>)? <script>alert(1)</script>", "",
+        "a red dog 음식", "", "> Why?", "", "a red dog 음식",
+    ]  # fmt: skip

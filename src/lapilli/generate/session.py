@@ -19,6 +19,7 @@ from lapilli.data.sample import IMAGE_PLACEHOLDER, Image
 from lapilli.generate.assistant import Assistant
 from lapilli.generate.conversation import open_picture
 from lapilli.generate.decoding import Answer, Decoding
+from lapilli.generate.export import Said, as_html, as_markdown
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,9 @@ class Session:
         return {"id": name, **image, "conversations": turns}
 
     def save(self, file: Path | str) -> None:
-        """Write the conversation as a LLaVA JSON file of one record; pictures that are no files yet, beside it as PNG.
+        """Write the conversation: as HTML or Markdown if the file's name ends so, else as LLaVA JSON of one record.
 
+        HTML holds the pictures; beside the others, those that are no files yet are written as PNG.
         Raises DataError if nothing was said, the file exists or can't be written.
         """
         file = Path(file)
@@ -184,10 +186,20 @@ class Session:
         if file.exists():
             raise DataError(f"{file}: exists already; choose another name")
         try:
-            self._keep_pictures(file)
-            atomic_write(file, json.dumps([self.record(file.stem)], indent=2, ensure_ascii=False) + "\n")
+            if file.suffix.lower() not in (".html", ".htm"):
+                self._keep_pictures(file)
+            atomic_write(file, self._written(file))
         except OSError as error:
             raise DataError(f"{file}: can't write it ({error.strerror})") from error
+
+    def _written(self, file: Path) -> str:
+        talk = [Said(s.question, s.answer, [(one.name, one.picture) for one in s.pictures]) for s in self._said]
+        match file.suffix.lower():
+            case ".html" | ".htm":
+                return as_html(file.stem, self.system, talk)
+            case ".md" | ".markdown":
+                return as_markdown(file.stem, self.system, talk)
+        return json.dumps([self.record(file.stem)], indent=2, ensure_ascii=False) + "\n"
 
     def _keep_pictures(self, file: Path) -> None:
         number = 0
