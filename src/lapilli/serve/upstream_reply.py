@@ -33,6 +33,8 @@ class Growing:
     finish: str | None = None
     _thoughts: Thoughts | None = field(default_factory=Thoughts)
     """Tells thoughts from the answer where the other server does not."""
+    _blank: str = ""
+    """Blanks that belong to the answer if something follows them."""
 
     def add(self, delta: Delta) -> dict[str, Any]:
         """What of it may be shown now, as a stream's `delta`."""
@@ -44,11 +46,20 @@ class Growing:
             if delta.finish is not None:
                 more, rest = self._thoughts.rest()
                 thought, text = thought + more, text + rest
+        text = self._trimmed(text, ended=delta.finish is not None)
         self.thought += thought
         self.text += text
         self.logprobs += delta.logprobs
         self.finish = delta.finish or self.finish
         return ({"reasoning_content": thought} if thought else {}) | ({"content": text} if text else {})
+
+    def _trimmed(self, text: str, *, ended: bool) -> str:
+        """An answer begins and ends without blanks, as answers made here do."""
+        text = self._blank + text
+        text = text if self.text else text.lstrip()
+        shown = text.rstrip()
+        self._blank = "" if ended else text[len(shown) :]
+        return shown
 
 
 @dataclass
