@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 _FIRST = re.compile(rb'"content": ?"[^"]')
 _USED = re.compile(rb'"completion_tokens": ?(\d+)')
