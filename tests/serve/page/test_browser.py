@@ -97,6 +97,39 @@ def test_ask_again_and_edit(visit):
     assert visit.questions() == ["One?"]
 
 
+def test_what_is_typed_into_an_edit_is_not_lost(visit):
+    """Drawing the conversation anew (here: for another question) keeps the words, and the focus stays where it was."""
+    page = visit.page
+    visit.ask("One?")
+    page.get_by_role("button", name="Edit the answer").click()
+    page.get_by_label("Edited answer").fill("half of")
+    visit.ask("Two?")
+    assert page.get_by_label("Edited answer").input_value() == "half of"
+    page.get_by_role("button", name="Cancel").click()
+    assert visit.answers() == ["a red dog 음식"] * 2
+    page.get_by_role("button", name="Answer again").last.focus()
+    page.keyboard.press("Enter")
+    page.get_by_text("2/2").wait_for()
+    page.get_by_role("button", name="Earlier answer").focus()
+    page.keyboard.press("Enter")
+    page.get_by_text("1/2").wait_for()
+    assert page.evaluate("document.activeElement.id") == "question"  # for that button can't be pressed any more
+    page.get_by_role("button", name="Later answer").focus()
+    page.keyboard.press("Enter")
+    page.get_by_text("2/2").wait_for()
+    page.get_by_role("button", name="Good answer").last.focus()
+    page.get_by_role("button", name="Edit the answer").first.focus()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.ariaLabel") == "Good answer"
+
+
+def test_a_model_that_is_not_served_is_said(visitor):
+    visit = visitor()
+    visit.page.goto(f"{visit.root}/?model=another")
+    visit.page.get_by_text("No model is called “another” here.").wait_for()
+    assert visit.page.locator("#model-0").input_value() == "parrot"
+
+
 def test_thoughts_are_folded(visitor):
     visit = visitor().open("thinker")
     visit.ask("Well?")

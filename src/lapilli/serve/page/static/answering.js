@@ -4,7 +4,13 @@ import { Problem } from "./api.js";
 
 /** The request for an answer. `repeat` asks for other draws where a seed is set, as `lapilli chat` does. */
 export function requestOf(settings, messages, repeat = 0) {
-  const body = { model: settings.model, messages, temperature: settings.temperature, top_p: settings.top_p, max_tokens: settings.max_tokens };
+  const body = {
+    model: settings.model,
+    messages,
+    temperature: settings.temperature,
+    top_p: settings.top_p,
+    max_tokens: settings.max_tokens,
+  };
   if (settings.seed !== null) body.seed = (settings.seed + repeat) % Number.MAX_SAFE_INTEGER;
   return body;
 }
@@ -36,7 +42,8 @@ export async function answer(api, version, body, signal, changed) {
     if (error.name === "AbortError") version.state = "stopped";
     else {
       version.state = "failed";
-      version.problem = error instanceof Problem ? error : new Problem("Something failed in this page.", { detail: String(error) });
+      version.problem =
+        error instanceof Problem ? error : new Problem("Something failed in this page.", { detail: String(error) });
     }
   }
   version.ended = Date.now();

@@ -53,7 +53,8 @@ export class Composer {
   send() {
     const problem = this.running ? "An answer is under way; Escape stops it." : this.problem();
     if (problem || !this.field.value.trim()) {
-      byId("composer-note").textContent = problem ?? (this.tray.pictures.length ? "Write a question about the pictures." : "");
+      byId("composer-note").textContent =
+        problem ?? (this.tray.pictures.length ? "Write a question about the pictures." : "");
       byId("composer-note").classList.toggle("trouble", Boolean(problem));
       this.field.focus();
       return;
@@ -96,7 +97,12 @@ export class Composer {
   #key(event) {
     // While Korean, Chinese or Japanese is being composed, Enter chooses a syllable; Safari tells by code 229 only.
     if (event.isComposing || event.keyCode === 229) return;
-    if (event.key === "Enter" && !event.shiftKey && !event.altKey && (!touch.matches || event.ctrlKey || event.metaKey)) {
+    if (
+      event.key === "Enter" &&
+      !event.shiftKey &&
+      !event.altKey &&
+      (!touch.matches || event.ctrlKey || event.metaKey)
+    ) {
       event.preventDefault();
       this.send();
     } else if (event.key === "ArrowUp" && !this.field.value && !this.tray.pictures.length && this.editLast()) {
@@ -113,7 +119,9 @@ export class Composer {
 
   #takeDrops() {
     let depth = 0;
-    const carries = (event) => !event.dataTransfer?.types.includes("text/x-lapilli-picture") && ["Files", "text/uri-list"].some((type) => event.dataTransfer?.types.includes(type));
+    const carries = (event) =>
+      !event.dataTransfer?.types.includes("text/x-lapilli-picture") &&
+      ["Files", "text/uri-list"].some((type) => event.dataTransfer?.types.includes(type));
     const shade = (on) => {
       depth = on ? depth : 0;
       byId("drop").hidden = !on;
@@ -130,7 +138,10 @@ export class Composer {
       const saved = files.find((file) => file.name.toLowerCase().endsWith(".json"));
       if (saved) this.openFile(saved);
       else if (files.length) this.tray.add(files).then(() => this.field.focus());
-      else note("That is a link, and this page loads nothing from elsewhere: save the picture and drop the file.", { bad: true });
+      else
+        note("That is a link, and this page loads nothing from elsewhere: save the picture and drop the file.", {
+          bad: true,
+        });
     });
   }
 }

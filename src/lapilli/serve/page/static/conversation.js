@@ -16,6 +16,7 @@ export function newVersion(settings) {
     problem: null,
     edited: false,
     vote: null,
+    open: false, // whether its thoughts are unfolded
     settings,
     begun: Date.now(),
     ended: null,
@@ -60,7 +61,9 @@ export class Conversation {
   /** Exchanges before `end` that have an answer in this column; what got no word of an answer is not part of it. */
   said(column, end = this.exchanges.length) {
     const before = this.exchanges.slice(0, end);
-    return before.filter((exchange) => this.version(exchange, column)?.text.trim() && !isRunning(this.version(exchange, column)));
+    return before.filter(
+      (exchange) => this.version(exchange, column)?.text.trim() && !isRunning(this.version(exchange, column)),
+    );
   }
 
   /** OpenAI's messages for exchange number `index`, whose answer is wanted; with `answered`, its answer too. */
@@ -88,7 +91,10 @@ export class Conversation {
 
   /** What `restore` needs to bring this state back. */
   snapshot() {
-    const exchanges = this.exchanges.map((one) => ({ ...one, answers: one.answers.map((each) => ({ ...each, versions: [...each.versions] })) }));
+    const exchanges = this.exchanges.map((one) => ({
+      ...one,
+      answers: one.answers.map((each) => ({ ...each, versions: [...each.versions] })),
+    }));
     return { id: this.id, exchanges };
   }
 
@@ -117,10 +123,12 @@ export function misplaced(text, count) {
 function content({ text, pictures }) {
   if (!pictures.length) return text;
   const parts = [];
-  placed(text, pictures.length).split(PLACE).forEach((words, i) => {
-    if (i) parts.push({ type: "image_url", image_url: { url: pictures[i - 1].url } });
-    if (words) parts.push({ type: "text", text: words });
-  });
+  placed(text, pictures.length)
+    .split(PLACE)
+    .forEach((words, i) => {
+      if (i) parts.push({ type: "image_url", image_url: { url: pictures[i - 1].url } });
+      if (words) parts.push({ type: "text", text: words });
+    });
   return parts;
 }
 

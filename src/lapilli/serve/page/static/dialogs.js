@@ -11,7 +11,15 @@ export function dialog(title, build, { wide = false } = {}) {
       value = given;
       box.close();
     };
-    box.append(el("header", {}, el("h2", {}, title), iconButton("close", "Close", () => close())), el("div", { class: "ask-body" }, build(close)));
+    box.append(
+      el(
+        "header",
+        {},
+        el("h2", {}, title),
+        iconButton("close", "Close", () => close()),
+      ),
+      el("div", { class: "ask-body" }, build(close)),
+    );
     box.addEventListener("close", () => {
       box.remove();
       resolve(value);
@@ -35,7 +43,11 @@ export function askKey(wrong) {
     return el(
       "form",
       { onsubmit: submit },
-      el("p", {}, "This server answers to those who have a key. It is kept in this tab until you close it, and sent to this server only."),
+      el(
+        "p",
+        {},
+        "This server answers to those who have a key. It is kept in this tab until you close it, and sent to this server only.",
+      ),
       el("label", { for: "key" }, "Key"),
       field,
       trouble,
@@ -48,17 +60,37 @@ export function askKey(wrong) {
 export function choose(title, words, options) {
   return dialog(title, (close) => [
     el("p", {}, words),
-    el("div", { class: "buttons" }, options.map(([label, value, strong]) => el("button", { type: "button", class: strong ? "strong" : "", onclick: () => close(value) }, label))),
+    el(
+      "div",
+      { class: "buttons" },
+      options.map(([label, value, strong]) =>
+        el("button", { type: "button", class: strong ? "strong" : "", onclick: () => close(value) }, label),
+      ),
+    ),
   ]);
 }
 
 /** Have the files chosen that an imported conversation names by path. */
 export function findFiles(names) {
   return dialog("Pictures of this conversation", (close) => {
-    const field = el("input", { type: "file", id: "picture-files", accept: "image/*", multiple: true, onchange: () => close([...field.files]) });
+    const field = el("input", {
+      type: "file",
+      id: "picture-files",
+      accept: "image/*",
+      multiple: true,
+      onchange: () => close([...field.files]),
+    });
     return [
-      el("p", {}, `The file names ${names.length === 1 ? "a picture" : `${names.length} pictures`} on a disk. A page can't open files by itself: please choose`),
-      el("ul", {}, names.slice(0, 20).map((name) => el("li", {}, el("code", {}, name)))),
+      el(
+        "p",
+        {},
+        `The file names ${names.length === 1 ? "a picture" : `${names.length} pictures`} on a disk. A page can't open files by itself: please choose`,
+      ),
+      el(
+        "ul",
+        {},
+        names.slice(0, 20).map((name) => el("li", {}, el("code", {}, name))),
+      ),
       names.length > 20 ? el("p", {}, `and ${names.length - 20} more`) : null,
       el("label", { for: "picture-files" }, "Picture files"),
       field,
@@ -79,7 +111,20 @@ export function shortcuts() {
     [[modifier, "V"], "in the box: paste pictures"],
     [[modifier, "/"], "this list"],
   ];
-  return dialog("Keyboard", () => el("dl", { class: "keys" }, keys.map(([names, what]) => [el("dt", {}, names.map((name) => el("kbd", {}, name))), el("dd", {}, what)])));
+  return dialog("Keyboard", () =>
+    el(
+      "dl",
+      { class: "keys" },
+      keys.map(([names, what]) => [
+        el(
+          "dt",
+          {},
+          names.map((name) => el("kbd", {}, name)),
+        ),
+        el("dd", {}, what),
+      ]),
+    ),
+  );
 }
 
 /** A note at the page's foot that goes by itself; with `undo`, a button that takes back what was done. */

@@ -55,7 +55,11 @@ export function icon(name) {
 /** A button that shows an icon alone; `label` is its name and its tooltip. */
 export function iconButton(name, label, onclick, properties = {}) {
   const { class: more = "", ...rest } = properties;
-  return el("button", { type: "button", class: `icon ${more}`, title: label, "aria-label": label, onclick, ...rest }, icon(name));
+  return el(
+    "button",
+    { type: "button", class: `icon ${more}`, title: label, "aria-label": label, onclick, ...rest },
+    icon(name),
+  );
 }
 
 export const byId = (id) => document.getElementById(id);

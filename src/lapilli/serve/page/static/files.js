@@ -4,7 +4,16 @@
 import { placed } from "./conversation.js";
 import { fromDataUrl, readPicture } from "./pictures.js";
 
-const ROLES = { human: "user", user: "user", gpt: "assistant", assistant: "assistant", chatgpt: "assistant", bing: "assistant", bard: "assistant", system: "system" };
+const ROLES = {
+  human: "user",
+  user: "user",
+  gpt: "assistant",
+  assistant: "assistant",
+  chatgpt: "assistant",
+  bing: "assistant",
+  bard: "assistant",
+  system: "system",
+};
 const PLACE = "<image>";
 
 /** What is wrong with a file, in words. */
@@ -32,14 +41,20 @@ export async function read(text, limits, findFiles) {
   const names = pictureNames(record);
   const turns = turnsOf(record);
   const system = turns[0].role === "system" ? turns.shift().text : "";
-  if (!turns.length || turns.length % 2) throw new FileProblem("questions and answers must alternate, and an answer come last");
+  if (!turns.length || turns.length % 2)
+    throw new FileProblem("questions and answers must alternate, and an answer come last");
   turns.forEach((turn, i) => {
-    if (turn.role !== (i % 2 ? "assistant" : "user")) throw new FileProblem(`${turn.where}: is from the ${turn.role}; questions and answers must alternate, beginning with a question`);
+    if (turn.role !== (i % 2 ? "assistant" : "user"))
+      throw new FileProblem(
+        `${turn.where}: is from the ${turn.role}; questions and answers must alternate, beginning with a question`,
+      );
     if (i % 2 && turn.text.includes(PLACE)) throw new FileProblem(`${turn.where}: an answer can't hold ${PLACE}`);
   });
   const places = turns.reduce((sum, turn) => sum + count(turn.text), 0);
-  if (places !== names.length) throw new FileProblem(`the turns have ${places} ${PLACE}, but the record names ${names.length} pictures`);
-  if (names.length > limits.images) throw new FileProblem(`holds ${names.length} pictures; this server takes ${limits.images} in a request`);
+  if (places !== names.length)
+    throw new FileProblem(`the turns have ${places} ${PLACE}, but the record names ${names.length} pictures`);
+  if (names.length > limits.images)
+    throw new FileProblem(`holds ${names.length} pictures; this server takes ${limits.images} in a request`);
   const pictures = await openAll(names, limits, findFiles);
   const exchanges = [];
   for (let i = 0; i < turns.length; i += 2) {
@@ -80,9 +95,12 @@ function pictureNames(record) {
   const names = given == null ? [] : Array.isArray(given) ? given : [given];
   return names.map((name, i) => {
     const value = isObject(name) ? (name.url ?? name.path) : name;
-    if (typeof value !== "string" || !value) throw new FileProblem(`\`${field}\` ${i + 1}: must be a path or a data: address`);
+    if (typeof value !== "string" || !value)
+      throw new FileProblem(`\`${field}\` ${i + 1}: must be a path or a data: address`);
     if (/^[a-z][a-z0-9+.-]{1,20}:\/\//i.test(value) && !/^file:/i.test(value)) {
-      throw new FileProblem(`\`${field}\` ${i + 1}: is an address (${value.slice(0, 60)}); this page loads nothing from elsewhere`);
+      throw new FileProblem(
+        `\`${field}\` ${i + 1}: is an address (${value.slice(0, 60)}); this page loads nothing from elsewhere`,
+      );
     }
     return value;
   });
@@ -97,12 +115,16 @@ function turnsOf(record) {
     const where = `${field} turn ${i + 1}`;
     if (!isObject(turn)) throw new FileProblem(`${where}: must be an object with \`from\` and \`value\``);
     const [role, text] = [turn.from ?? turn.role, turn.value ?? turn.content];
-    if (typeof role !== "string" || !Object.hasOwn(ROLES, role)) throw new FileProblem(`${where}: unknown role ${JSON.stringify(role) ?? "(none)"}; known are ${Object.keys(ROLES).join(", ")}`);
+    if (typeof role !== "string" || !Object.hasOwn(ROLES, role))
+      throw new FileProblem(
+        `${where}: unknown role ${JSON.stringify(role) ?? "(none)"}; known are ${Object.keys(ROLES).join(", ")}`,
+      );
     if (typeof text !== "string") throw new FileProblem(`${where}: \`value\` must be text`);
     if (!text.isWellFormed()) throw new FileProblem(`${where}: holds half of a character`);
     return { role: ROLES[role], text, where };
   });
-  if (typeof record.system === "string" && record.system && turns[0].role !== "system") turns.unshift({ role: "system", text: record.system, where: "system" });
+  if (typeof record.system === "string" && record.system && turns[0].role !== "system")
+    turns.unshift({ role: "system", text: record.system, where: "system" });
   return turns;
 }
 
@@ -122,7 +144,9 @@ async function openAll(names, limits, findFiles) {
   for (const [i, name] of names.entries()) {
     let picture;
     try {
-      picture = isData(name) ? await fromDataUrl(name, `picture ${i + 1}`, limits) : await readPicture(found.get(base(name)), limits);
+      picture = isData(name)
+        ? await fromDataUrl(name, `picture ${i + 1}`, limits)
+        : await readPicture(found.get(base(name)), limits);
     } catch {
       throw new FileProblem(`picture ${i + 1}: can't be opened`);
     }

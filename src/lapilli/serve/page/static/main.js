@@ -4,14 +4,14 @@ import { answer, requestOf } from "./answering.js";
 import { Api } from "./api.js";
 import { Composer } from "./composer.js";
 import { Conversation, misplaced, newVersion } from "./conversation.js";
-import { askKey, choose, findFiles, note, shortcuts } from "./dialogs.js";
-import { byId, el, iconButton, plural, say, size } from "./dom.js";
-import * as files from "./files.js";
+import { askKey, choose, note, shortcuts } from "./dialogs.js";
+import { byId, el, plural, say, size } from "./dom.js";
+import { openExamples } from "./examples.js";
 import { Panel, SIDES } from "./panel.js";
-import { readPicture } from "./pictures.js";
+import { importFile } from "./saving.js";
 import { Thread } from "./thread.js";
+import { makeToolbar } from "./toolbar.js";
 
-const IDLE = { "data-idle": "", disabled: true }; // buttons that wait until nothing is under way
 const OVERHEAD = 20_000; // bytes of a request beside its messages, generously
 
 class Page {
@@ -30,9 +30,9 @@ class Page {
       send: (text, pictures) => this.ask(text, pictures),
       stop: () => this.stop(),
       editLast: () => this.editLast(),
-      openFile: (file) => this.importFile(file),
+      openFile: (file) => importFile(this, file),
     });
-    this.#toolbar();
+    makeToolbar(this);
     addEventListener("keydown", (event) => this.#key(event));
     addEventListener("beforeunload", (event) => {
       if (!this.exported && !this.conversation.empty) event.preventDefault();
@@ -41,7 +41,13 @@ class Page {
 
   state() {
     const { conversation, examples } = this;
-    return { conversation, examples, columns: this.panel.columns, running: this.asking.size > 0, votes: Boolean(this.settings?.votes) };
+    return {
+      conversation,
+      examples,
+      columns: this.panel.columns,
+      running: this.asking.size > 0,
+      votes: Boolean(this.settings?.votes),
+    };
   }
 
   /** Ask the server what it serves; until it answers, only the box for the question works. */
@@ -49,28 +55,34 @@ class Page {
     try {
       this.settings = await this.api.settings();
     } catch (problem) {
-      const again = el("button", { type: "button", onclick: () => (again.disabled = true, this.start()) }, "Try again");
-      byId("thread").replaceChildren(el("div", { class: "welcome" }, el("div", { class: "problem" }, el("div", {}, el("strong", {}, problem.message), el("p", {}, problem.detail ?? "")), again)));
+      const again = el(
+        "button",
+        { type: "button", onclick: () => ((again.disabled = true), this.start()) },
+        "Try again",
+      );
+      byId("thread").replaceChildren(
+        el(
+          "div",
+          { class: "welcome" },
+          el(
+            "div",
+            { class: "problem" },
+            el("div", {}, el("strong", {}, problem.message), el("p", {}, problem.detail ?? "")),
+            again,
+          ),
+        ),
+      );
       return;
     }
-    this.panel.setLimits(this.settings, new URLSearchParams(location.search).get("model"));
+    const wanted = new URLSearchParams(location.search).get("model");
+    this.panel.setLimits(this.settings, wanted);
+    if (wanted && this.panel.columns[0].model !== wanted) note(`No model is called “${wanted}” here.`, { bad: true });
     byId("kept").textContent = this.settings.votes ? "This server keeps questions, answers and votes." : "";
     this.#showColumns();
     this.#running();
     document.documentElement.dataset.ready = "true";
-    this.examples = await this.#openExamples();
+    this.examples = await openExamples(this.api, this.settings);
     if (this.conversation.empty) this.thread.draw();
-  }
-
-  async #openExamples() {
-    const open = async (path, i) => {
-      const blob = await this.api.picture(path);
-      return readPicture(new File([blob], `example ${i + 1}`, { type: blob.type }), this.settings);
-    };
-    const opened = await Promise.allSettled(this.settings.examples.map(async ({ text, images }) => ({ text, pictures: await Promise.all(images.map(open)) })));
-    const lost = opened.filter((one) => one.status === "rejected").length;
-    if (lost) note(`${plural(lost, "example")} can't be shown: ${opened.find((one) => one.reason).reason.message}`, { bad: true });
-    return opened.filter((one) => one.status === "fulfilled").map((one) => one.value);
   }
 
   // --- asking -------------------------------------------------------------------------------------------------------
@@ -84,13 +96,20 @@ class Page {
       const before = conversation.said(column, index).flatMap((exchange) => exchange.pictures);
       const count = before.length + pictures.length;
       if (count > settings.images) {
-        const all = before.length ? `This conversation would hold ${plural(count, "picture")}` : plural(count, "picture");
+        const all = before.length
+          ? `This conversation would hold ${plural(count, "picture")}`
+          : plural(count, "picture");
         return `${all}; this server takes ${settings.images} in a request.`;
       }
-      const said = conversation.said(column, index).reduce((sum, one) => sum + one.text.length + conversation.version(one, column).text.length, 0);
-      const bytes = [...before, ...pictures].reduce((sum, picture) => sum + picture.url.length, 0) + 4 * (said + text.length) + OVERHEAD;
-      if (bytes > settings.body_bytes && count) {
-        return `With its pictures this is about ${size(bytes)}; this server takes ${size(settings.body_bytes)} in a request. Scale pictures down, or begin a new conversation.`;
+      const said = conversation
+        .said(column, index)
+        .reduce((sum, one) => sum + one.text.length + conversation.version(one, column).text.length, 0);
+      const bytes =
+        [...before, ...pictures].reduce((sum, picture) => sum + picture.url.length, 0) +
+        4 * (said + text.length) +
+        OVERHEAD;
+      if (bytes > settings.body_bytes) {
+        return `With all that was said and its pictures this is about ${size(bytes)}; this server takes ${size(settings.body_bytes)} in a request. Scale pictures down, or begin a new conversation.`;
       }
     }
     return null;
@@ -134,7 +153,7 @@ class Page {
   #cut(end) {
     const later = this.conversation.exchanges.length - end;
     if (later < 1) return;
-    const undo = this.#undoable();
+    const undo = this.undoable();
     this.conversation.exchanges.length = end;
     note(`${plural(later, "later question")} left the conversation`, { undo: undo.back });
   }
@@ -154,7 +173,11 @@ class Page {
     const controller = new AbortController();
     this.asking.add(controller);
     this.#running();
-    await Promise.all(jobs.map(({ version, body }) => answer(this.api, version, body, controller.signal, () => this.thread.grow(version))));
+    await Promise.all(
+      jobs.map(({ version, body }) =>
+        answer(this.api, version, body, controller.signal, () => this.thread.grow(version)),
+      ),
+    );
     this.asking.delete(controller);
     this.#running();
     for (const { column, version } of jobs) this.#finished(exchange, index, column, version, jobs.length > 1);
@@ -168,12 +191,25 @@ class Page {
 
   #finished(exchange, index, column, version, named) {
     const who = named ? `${SIDES[column]}: ` : "";
-    const outcome = { done: version.text || "The model said nothing.", stopped: "Stopped.", failed: `${version.problem?.message} ${version.problem?.detail ?? ""}` }[version.state];
+    const outcome = {
+      done: version.text || "The model said nothing.",
+      stopped: "Stopped.",
+      failed: `${version.problem?.message} ${version.problem?.detail ?? ""}`,
+    }[version.state];
     say(who + outcome);
     if (!this.settings.votes || version.state !== "done" || !version.text) return;
     const { model, temperature, top_p, max_tokens, system } = version.settings;
     const messages = this.conversation.messages(column, index, system, true);
-    const turn = { id: this.conversation.id, model, start: version.begun / 1000, finish: version.ended / 1000, messages, temperature, top_p, max_tokens };
+    const turn = {
+      id: this.conversation.id,
+      model,
+      start: version.begun / 1000,
+      finish: version.ended / 1000,
+      messages,
+      temperature,
+      top_p,
+      max_tokens,
+    };
     this.#keep("/page/turns", turn, "The server could not keep this turn");
   }
 
@@ -183,7 +219,8 @@ class Page {
 
   // --- changing what was said ---------------------------------------------------------------------------------------
 
-  #undoable() {
+  /** The conversation as it is now, and the way `back` to it. */
+  undoable() {
     const before = this.conversation.snapshot();
     return {
       exchanges: before.exchanges.length,
@@ -200,15 +237,16 @@ class Page {
   }
 
   remove(index) {
-    const undo = this.#undoable();
+    const undo = this.undoable();
     this.conversation.exchanges.splice(index, 1);
+    this.exported = false;
     this.thread.draw();
     note("Question deleted", { undo: undo.back });
   }
 
   clear() {
     if (this.conversation.empty) return;
-    const undo = this.#undoable();
+    const undo = this.undoable();
     this.conversation.clear();
     this.thread.editing = null;
     this.exported = true;
@@ -248,7 +286,11 @@ class Page {
     const messages = this.conversation.messages(column, index, system, true);
     version.vote = type;
     this.thread.draw();
-    const kept = await this.#keep("/page/votes", { type, id: this.conversation.id, model, messages }, "The vote was not kept");
+    const kept = await this.#keep(
+      "/page/votes",
+      { type, id: this.conversation.id, model, messages },
+      "The vote was not kept",
+    );
     if (kept) say("Thank you");
     else version.vote = null;
     this.thread.draw();
@@ -256,7 +298,9 @@ class Page {
 
   voteBoth(index, left, right) {
     const exchange = this.conversation.exchanges[index];
-    [left, right].forEach((type, column) => this.vote(this.conversation.version(exchange, column), index, column, type));
+    [left, right].forEach((type, column) =>
+      this.vote(this.conversation.version(exchange, column), index, column, type),
+    );
   }
 
   async #keep(path, body, failed) {
@@ -269,20 +313,33 @@ class Page {
     }
   }
 
-  // --- two columns, files, keys -------------------------------------------------------------------------------------
+  // --- two columns, keys --------------------------------------------------------------------------------------------
 
   async compare() {
     if (this.panel.columns.length === 1) this.panel.setCount(2);
     else {
       const apart = this.conversation.exchanges.some((exchange) => exchange.answers.length > 1);
-      const keep = apart ? await choose("Back to one column", "Which of the two conversations goes on?", [["Left", 0, true], ["Right", 1, true]]) : 0;
+      const keep = apart
+        ? await choose("Back to one column", "Which of the two conversations goes on?", [
+            ["Left", 0, true],
+            ["Right", 1, true],
+          ])
+        : 0;
       if (keep === null) return;
-      const undo = this.#undoable();
+      const undo = this.undoable();
       const other = this.panel.columns[1 - keep];
       this.conversation.keepColumn(keep);
       this.panel.columns = [this.panel.columns[keep]];
       this.panel.setCount(1);
-      if (apart) note(`The ${SIDES[1 - keep].toLowerCase()} column is gone`, { undo: () => (this.panel.columns.splice(1 - keep, 0, other), this.panel.draw(), undo.back(), this.#showColumns()) });
+      if (apart)
+        note(`The ${SIDES[1 - keep].toLowerCase()} column is gone`, {
+          undo: () => (
+            this.panel.columns.splice(1 - keep, 0, other),
+            this.panel.draw(),
+            undo.back(),
+            this.#showColumns()
+          ),
+        });
     }
     this.#showColumns();
     this.thread.draw();
@@ -292,83 +349,6 @@ class Page {
     const two = this.panel.columns.length > 1;
     document.documentElement.dataset.columns = two ? "2" : "1";
     byId("compare").setAttribute("aria-pressed", String(two));
-  }
-
-  async exportFile() {
-    let column = 0;
-    if (this.conversation.exchanges.some((exchange) => exchange.answers.length > 1)) {
-      column = await choose("Export", "Which of the two conversations?", [["Left", 0, true], ["Right", 1, true]]);
-      if (column === null) return;
-    }
-    const said = this.conversation.said(column).length;
-    if (!said) {
-      note("Nothing to export yet: no question was answered.", { bad: true });
-      return;
-    }
-    const text = files.write(this.conversation, column, this.panel.columns[column].system);
-    const url = URL.createObjectURL(new Blob([text], { type: "application/json" }));
-    const stamp = new Date().toISOString().slice(0, 16).replace(/[:T]/g, "-");
-    el("a", { href: url, download: `conversation-${stamp}.json` }).click();
-    setTimeout(() => URL.revokeObjectURL(url), 60_000);
-    this.exported = true;
-    const left = this.conversation.exchanges.length - said;
-    note(`Exported ${plural(said, "question")} with ${said === 1 ? "its answer" : "their answers"}${left ? `; ${plural(left, "question")} without an answer left out` : ""}.`);
-  }
-
-  chooseFile() {
-    const field = el("input", { type: "file", accept: ".json,application/json", id: "import-file", hidden: true });
-    field.addEventListener("change", () => (this.importFile(field.files[0]), field.remove()));
-    document.body.append(field);
-    field.click();
-  }
-
-  async importFile(file) {
-    if (this.asking.size) {
-      note("An answer is under way; stop it first.", { bad: true });
-      return;
-    }
-    let opened;
-    try {
-      opened = await files.read(await file.text(), this.settings, findFiles);
-    } catch (problem) {
-      note(`${file.name}: ${problem instanceof files.FileProblem ? problem.message : `can't be read (${problem.message})`}`, { bad: true });
-      return;
-    }
-    const undo = this.#undoable();
-    this.conversation.clear();
-    for (const { text, pictures, answer: words } of opened.exchanges) {
-      const exchange = this.conversation.add(text, pictures, 1);
-      exchange.answers[0].versions.push({ ...newVersion(null), state: "done", text: words });
-    }
-    for (const column of this.panel.columns) column.system = opened.system;
-    this.panel.draw();
-    this.exported = true;
-    this.thread.follows = true;
-    this.thread.draw();
-    note(`${file.name}: ${plural(opened.exchanges.length, "question")}${opened.system ? ", and a system prompt" : ""}`, undo.exchanges ? { undo: undo.back } : {});
-  }
-
-  #toolbar() {
-    const menu = byId("menu");
-    const entry = (label, action, more = {}) => el("button", { type: "button", onclick: () => (menu.hidePopover(), action()), ...more }, label);
-    const themes = ["system", "light", "dark"].map((theme) => {
-      const choice = el("input", { type: "radio", name: "theme", value: theme, checked: window.lapilliTheme.get() === theme, onchange: () => window.lapilliTheme.set(theme) });
-      return el("label", {}, choice, theme[0].toUpperCase() + theme.slice(1));
-    });
-    menu.append(
-      entry("Export conversation", () => this.exportFile(), IDLE),
-      entry("Import conversation", () => this.chooseFile(), IDLE),
-      entry("Keyboard", () => shortcuts()),
-      el("fieldset", { class: "themes" }, el("legend", {}, "Colours"), themes),
-    );
-    const more = iconButton("more", "More", undefined, { id: "more" });
-    more.popoverTargetElement = menu;
-    byId("tools").append(
-      iconButton("add", "New conversation", () => this.clear(), IDLE),
-      iconButton("columns", "Side by side", () => this.compare(), { id: "compare", "aria-pressed": "false", ...IDLE }),
-      iconButton("sliders", "Settings", () => this.settings && this.panel.toggle(), { id: "settings" }),
-      more,
-    );
   }
 
   #key(event) {

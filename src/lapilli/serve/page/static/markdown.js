@@ -11,7 +11,8 @@ const RULE = /^ {0,3}([-*_])([ \t]*\1){2,}[ \t]*$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^([ \t]*)([-*+]|\d{1,9}[.)])[ \t]+(.*)$/;
 const DELIMITERS = /^ *\|? *:?-+:? *(\| *:?-+:? *)*\|? *$/;
-const LINK = /!?\[([^[\]\n]{0,1000})\]\(<?([^\s<>()]{1,2000}(?:\([^\s<>()]{0,200}\)[^\s<>()]{0,200})?)>?(?: "[^"\n]{0,300}")?\)/y;
+const LINK =
+  /!?\[([^[\]\n]{0,1000})\]\(<?([^\s<>()]{1,2000}(?:\([^\s<>()]{0,200}\)[^\s<>()]{0,200})?)>?(?: "[^"\n]{0,300}")?\)/y;
 const ADDRESS = /https?:\/\/[^\s<>"'`]{1,2000}/y;
 const DEEPEST = 8;
 
@@ -20,7 +21,13 @@ export function show(box, text) {
   const before = shown.get(box) ?? [];
   const now = blocks(text);
   let same = 0;
-  while (same < now.length && same < before.length && now[same].source === before[same].source && now[same].kind === before[same].kind) same++;
+  while (
+    same < now.length &&
+    same < before.length &&
+    now[same].source === before[same].source &&
+    now[same].kind === before[same].kind
+  )
+    same++;
   while (box.childNodes.length > same) box.lastChild.remove();
   for (const block of now.slice(same)) box.append(draw(block, 0));
   shown.set(box, now);
@@ -56,7 +63,12 @@ function blocks(text) {
       let end = at + 1;
       while (end < lines.length && lines[end].trim() && (QUOTE.test(lines[end]) || !starts(lines[end]))) end++;
       take("quote", end);
-    } else if (line.includes("|") && DELIMITERS.test(lines[at + 1] ?? "") && (lines[at + 1] ?? "").includes("-") && cells(line).length === cells(lines[at + 1]).length) {
+    } else if (
+      line.includes("|") &&
+      DELIMITERS.test(lines[at + 1] ?? "") &&
+      (lines[at + 1] ?? "").includes("-") &&
+      cells(line).length === cells(lines[at + 1]).length
+    ) {
       let end = at + 2;
       while (end < lines.length && lines[end].includes("|")) end++;
       take("table", end);
@@ -70,7 +82,8 @@ function blocks(text) {
   return made;
 }
 
-const starts = (line) => FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || ITEM.test(line);
+const starts = (line) =>
+  FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || ITEM.test(line);
 
 /** The end of a list: where a line that is neither an item nor indented follows something blank or starts a block. */
 function listEnd(lines, begin) {
@@ -104,7 +117,14 @@ function draw(block, depth) {
     return el(`h${Math.min(6, marks.length + 2)}`, { class: `level-${marks.length}` }, inline(words));
   }
   if (depth < DEEPEST && kind === "quote") {
-    return el("blockquote", {}, inner(lines.map((line) => line.replace(QUOTE, "")), depth));
+    return el(
+      "blockquote",
+      {},
+      inner(
+        lines.map((line) => line.replace(QUOTE, "")),
+        depth,
+      ),
+    );
   }
   if (depth < DEEPEST && kind === "list") return list(lines, depth);
   return el("p", {}, inline(lines.map((line) => line.trim()).join("\n")));
@@ -122,9 +142,15 @@ function list(lines, depth) {
     else items.at(-1).push(line);
   }
   const made = items.map((item) => {
-    const indents = item.slice(1).filter((line) => line.trim()).map((line) => /^\s*/.exec(line)[0].length);
+    const indents = item
+      .slice(1)
+      .filter((line) => line.trim())
+      .map((line) => /^\s*/.exec(line)[0].length);
     const least = indents.length ? Math.min(...indents) : 0;
-    const body = inner([item[0], ...item.slice(1).map((line) => line.slice(Math.min(least, /^\s*/.exec(line)[0].length)))], depth);
+    const body = inner(
+      [item[0], ...item.slice(1).map((line) => line.slice(Math.min(least, /^\s*/.exec(line)[0].length)))],
+      depth,
+    );
     // An item of one paragraph (and what is below it) stands without a paragraph's space around it.
     if (body[0]?.tagName === "P") body[0] = el("span", {}, [...body[0].childNodes]);
     return el("li", {}, body);
@@ -139,17 +165,37 @@ function cells(line) {
 }
 
 function table(lines) {
-  const sides = cells(lines[1]).map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : "left"));
+  const sides = cells(lines[1]).map((cell) =>
+    cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : "left",
+  );
   const row = (line, tag) => {
     const given = cells(line);
-    return el("tr", {}, sides.map((side, i) => el(tag, { class: `to-${side}` }, inline(given[i] ?? ""))));
+    return el(
+      "tr",
+      {},
+      sides.map((side, i) => el(tag, { class: `to-${side}` }, inline(given[i] ?? ""))),
+    );
   };
-  const whole = el("table", {}, el("thead", {}, row(lines[0], "th")), el("tbody", {}, lines.slice(2).map((line) => row(line, "td"))));
+  const whole = el(
+    "table",
+    {},
+    el("thead", {}, row(lines[0], "th")),
+    el(
+      "tbody",
+      {},
+      lines.slice(2).map((line) => row(line, "td")),
+    ),
+  );
   return el("div", { class: "wide", tabIndex: 0, role: "region", "aria-label": "Table" }, whole);
 }
 
 function code(body, language) {
-  const head = el("div", { class: "code-head" }, el("span", {}, language || "code"), copyButton("Copy the code", () => body));
+  const head = el(
+    "div",
+    { class: "code-head" },
+    el("span", {}, language || "code"),
+    copyButton("Copy the code", () => body),
+  );
   return el("div", { class: "code" }, head, el("pre", { tabIndex: 0 }, el("code", {}, body)));
 }
 

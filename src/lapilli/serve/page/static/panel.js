@@ -16,7 +16,10 @@ export class Panel {
     this.dialog.querySelector("header").append(iconButton("close", "Close settings", () => this.close()));
     this.narrow = matchMedia("(max-width: 60rem)");
     this.narrow.addEventListener("change", () => this.dialog.open && (this.close(), this.open()));
-    this.dialog.addEventListener("click", (event) => event.target === this.dialog && this.narrow.matches && this.close());
+    this.dialog.addEventListener(
+      "click",
+      (event) => event.target === this.dialog && this.narrow.matches && this.close(),
+    );
   }
 
   /** Take over what the server serves; what the user chose before stays, where it is still served. */
@@ -37,7 +40,14 @@ export class Panel {
 
   defaults() {
     const { temperature, top_p, max_tokens } = this.limits.defaults;
-    return { model: "", system: "", temperature, top_p, max_tokens: Math.min(max_tokens, this.limits.new_tokens), seed: null };
+    return {
+      model: "",
+      system: "",
+      temperature,
+      top_p,
+      max_tokens: Math.min(max_tokens, this.limits.new_tokens),
+      seed: null,
+    };
   }
 
   /** One column or two; the second begins with another model where there is one. */
@@ -66,7 +76,9 @@ export class Panel {
   }
 
   draw() {
-    byId("models").replaceChildren(...this.columns.map((column, i) => this.#modelChoice(column, i, `model-${i}`, "visually-hidden")));
+    byId("models").replaceChildren(
+      ...this.columns.map((column, i) => this.#modelChoice(column, i, `model-${i}`, "visually-hidden")),
+    );
     byId("panel-body").replaceChildren(...this.columns.map((column, i) => this.#group(column, i)));
   }
 
@@ -77,7 +89,11 @@ export class Panel {
 
   #modelChoice(column, i, id, labelClass = "") {
     const names = this.limits.models.map((model) => model.name);
-    const choice = el("select", { id, title: column.model }, names.map((name) => el("option", { value: name, selected: name === column.model }, name)));
+    const choice = el(
+      "select",
+      { id, title: column.model },
+      names.map((name) => el("option", { value: name, selected: name === column.model }, name)),
+    );
     choice.addEventListener("change", () => {
       column.model = choice.value;
       this.#save();
@@ -92,7 +108,14 @@ export class Panel {
     const id = (name) => `${name}-${i}`;
     const system = el("textarea", { id: id("system"), rows: 3, value: column.system, placeholder: "The model's own" });
     system.addEventListener("input", () => this.#set(column, "system", system.value));
-    const reset = el("button", { type: "button", onclick: () => (Object.assign(column, this.defaults(), { model: column.model }), this.#save(), this.draw()) }, "Defaults");
+    const reset = el(
+      "button",
+      {
+        type: "button",
+        onclick: () => (Object.assign(column, this.defaults(), { model: column.model }), this.#save(), this.draw()),
+      },
+      "Defaults",
+    );
     return el(
       "fieldset",
       {},
@@ -102,7 +125,11 @@ export class Panel {
       system,
       this.#slider(column, "temperature", "Temperature", id, 2, "0: always the likeliest word"),
       this.#slider(column, "top_p", "Top-p", id, 1, "draws among the likeliest words that add up to this"),
-      this.#number(column, "max_tokens", "Longest answer (tokens)", id, { min: 1, max: this.limits.new_tokens, needed: true }),
+      this.#number(column, "max_tokens", "Longest answer (tokens)", id, {
+        min: 1,
+        max: this.limits.new_tokens,
+        needed: true,
+      }),
       this.#number(column, "seed", "Seed", id, { min: 0, max: Number.MAX_SAFE_INTEGER, placeholder: "none" }),
       el("div", { class: "buttons" }, reset),
     );
@@ -115,13 +142,27 @@ export class Panel {
 
   #slider(column, name, label, id, max, help) {
     const shown = el("output", { for: id(name) }, column[name].toFixed(2));
-    const field = el("input", { type: "range", id: id(name), min: 0, max, step: 0.05, "aria-describedby": id(`${name}-help`) });
+    const field = el("input", {
+      type: "range",
+      id: id(name),
+      min: 0,
+      max,
+      step: 0.05,
+      "aria-describedby": id(`${name}-help`),
+    });
     field.value = column[name];
     field.addEventListener("input", () => {
       shown.textContent = Number(field.value).toFixed(2);
       this.#set(column, name, Number(field.value));
     });
-    return el("div", { class: "setting" }, el("label", { for: id(name) }, label), shown, field, el("small", { id: id(`${name}-help`) }, help));
+    return el(
+      "div",
+      { class: "setting" },
+      el("label", { for: id(name) }, label),
+      shown,
+      field,
+      el("small", { id: id(`${name}-help`) }, help),
+    );
   }
 
   #number(column, name, label, id, { min, max, placeholder = "", needed = false }) {
@@ -130,7 +171,8 @@ export class Panel {
     if (column[name] !== null) field.value = column[name];
     field.addEventListener("input", () => {
       const value = field.value === "" && !field.validity.badInput ? null : Number(field.value);
-      const good = value === null ? !needed : field.value !== "" && Number.isInteger(value) && value >= min && value <= max;
+      const good =
+        value === null ? !needed : field.value !== "" && Number.isInteger(value) && value >= min && value <= max;
       const range = `a whole number from ${min} to ${max.toLocaleString("en")}`;
       trouble.textContent = good ? "" : `${range}; until then ${column[name] ?? "none"} is used`;
       field.setAttribute("aria-invalid", String(!good));

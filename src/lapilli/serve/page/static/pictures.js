@@ -8,7 +8,17 @@ const SMALLEST = 64;
 
 /** A file as a picture {name, url, type, bytes, width, height, problem, scaled}; `problem` says why it can't be sent. */
 export async function readPicture(file, limits) {
-  const picture = { name: file.name || "pasted picture", url: "", type: file.type, bytes: file.size, width: 0, height: 0, problem: null, canScale: false, scaled: null };
+  const picture = {
+    name: file.name || "pasted picture",
+    url: "",
+    type: file.type,
+    bytes: file.size,
+    width: 0,
+    height: 0,
+    problem: null,
+    canScale: false,
+    scaled: null,
+  };
   try {
     picture.url = await dataUrl(file);
     [picture.width, picture.height] = await measure(picture.url);
@@ -40,7 +50,10 @@ function check(picture, limits) {
   return picture;
 }
 
-const mega = (pixels) => (pixels < 1e5 ? `${pixels.toLocaleString("en")} pixels` : `${(pixels / 1e6).toFixed(2).replace(/\.?0+$/, "")} megapixels`);
+const mega = (pixels) =>
+  pixels < 1e5
+    ? `${pixels.toLocaleString("en")} pixels`
+    : `${(pixels / 1e6).toFixed(2).replace(/\.?0+$/, "")} megapixels`;
 
 /** The same picture small enough for the limits, as JPEG (PNG where it stays small, so that drawings keep their edges). */
 export async function scaleDown(picture, limits) {
@@ -73,7 +86,9 @@ function drawn(image, width, height, type) {
   }
   brush.imageSmoothingQuality = "high";
   brush.drawImage(image, 0, 0, width, height);
-  return new Promise((resolve, reject) => canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("too large for this browser"))), type, QUALITY));
+  return new Promise((resolve, reject) =>
+    canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("too large for this browser"))), type, QUALITY),
+  );
 }
 
 function dataUrl(blob) {

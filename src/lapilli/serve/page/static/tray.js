@@ -47,17 +47,37 @@ export class Tray {
   }
 
   #item(picture, i) {
-    const described = picture.width ? `${picture.name}, ${picture.width} × ${picture.height}, ${size(picture.bytes)}` : picture.name;
+    const described = picture.width
+      ? `${picture.name}, ${picture.width} × ${picture.height}, ${size(picture.bytes)}`
+      : picture.name;
     const whole = picture.scaled ? `${described}; scaled down from ${picture.scaled}` : described;
-    const item = el("li", { class: picture.problem ? "thumb bad" : "thumb", tabIndex: 0, draggable: true, "aria-label": `Picture ${i + 1}: ${whole}${picture.problem ? `. Can't be sent: ${picture.problem}` : ""}` });
+    const item = el("li", {
+      class: picture.problem ? "thumb bad" : "thumb",
+      tabIndex: 0,
+      draggable: true,
+      "aria-label": `Picture ${i + 1}: ${whole}${picture.problem ? `. Can't be sent: ${picture.problem}` : ""}`,
+    });
     item.append(
-      picture.url ? el("button", { type: "button", class: "look", title: whole, "aria-label": `Look at ${picture.name}`, onclick: () => look(picture) }, el("img", { src: picture.url, alt: "" })) : el("span", { class: "look" }, "?"),
+      picture.url
+        ? el(
+            "button",
+            {
+              type: "button",
+              class: "look",
+              title: whole,
+              "aria-label": `Look at ${picture.name}`,
+              onclick: () => look(picture),
+            },
+            el("img", { src: picture.url, alt: "" }),
+          )
+        : el("span", { class: "look" }, "?"),
       iconButton("close", `Take out ${picture.name}`, () => this.#remove(i), { class: "out" }),
     );
     if (picture.scaled) item.append(el("small", {}, `scaled to ${picture.width} × ${picture.height}`));
     if (picture.problem) {
       item.append(el("small", { class: "trouble" }, picture.problem));
-      if (picture.canScale) item.append(el("button", { type: "button", onclick: () => this.#scale(picture) }, "Scale down"));
+      if (picture.canScale)
+        item.append(el("button", { type: "button", onclick: () => this.#scale(picture) }, "Scale down"));
     }
     item.addEventListener("keydown", (event) => this.#key(event, item, i));
     item.addEventListener("dragstart", (event) => {
@@ -107,7 +127,11 @@ export class Tray {
     try {
       smaller = await scaleDown(picture, this.limits());
     } catch (error) {
-      smaller = { ...picture, canScale: false, problem: `${picture.problem}; scaling it down failed (${error.message})` };
+      smaller = {
+        ...picture,
+        canScale: false,
+        problem: `${picture.problem}; scaling it down failed (${error.message})`,
+      };
     }
     const i = this.pictures.indexOf(picture);
     if (i < 0) return; // taken out in the meantime
@@ -118,5 +142,9 @@ export class Tray {
 
 /** A picture in full. */
 export function look(picture) {
-  return dialog(`${picture.name} · ${picture.width} × ${picture.height} · ${size(picture.bytes)}`, () => el("img", { class: "full", src: picture.url, alt: picture.name }), { wide: true });
+  return dialog(
+    `${picture.name} · ${picture.width} × ${picture.height} · ${size(picture.bytes)}`,
+    () => el("img", { class: "full", src: picture.url, alt: picture.name }),
+    { wide: true },
+  );
 }
