@@ -112,23 +112,31 @@ def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
     requests = work / "requests.jsonl"
     make_requests(requests, work / "images", make_pictures(work / "images", PICTURES))
     first = json.loads(requests.read_text().partition("\n")[0])
-    shorter = given.seconds / 6
+    shorter = given.seconds / 8
     counts = ["--slots", given.slots, "--clients", given.clients]
     engine = ["serve_rivals.py", "engine", work / "model", requests, *counts, "--seconds", shorter / 2]
+    say(f"{name}: the engine alone")
     bare = [child(*engine, environment=given.environment)]
     command = [sys.executable, "-m", "lapilli.cli", "serve", f"it={work / 'model'}", "--port", "0", "--device", "cpu"]
     command += ["--slots", str(given.slots), "--queue", str(max(1, given.clients)), "--template", "vicuna_v1"]
+    say(f"{name}: the server, {given.seconds:g} s")
     log = work / "server.log"
     with server(command, r" at http://[^ ]*:(\d+)/v1\n", "stderr", log, given.environment) as (pid, port):
         one = alone(port, first)
         api = load(port, pid, requests, given.seconds, given)
+    say(f"{name}: the engine alone, again")
     bare.append(child(*engine, environment=given.environment))
     made: dict[str, Any] = {"bare": bare, "api": api, "api_one_seconds": one}
     if not given.no_original:
+        say(f"{name}: the original's design")
         command = [sys.executable, str(HERE / "serve_rivals.py"), "original", str(work / "hf")]
         with server(command, r"^(\d+)\n", "stdout", work / "original.log", given.environment) as (pid, port):
             made["original"] = load(port, pid, requests, shorter, given)
     return made | {"found": found(made, given)}
+
+
+def say(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
 def found(made: dict[str, Any], given: argparse.Namespace) -> dict[str, float]:
@@ -166,7 +174,9 @@ def found(made: dict[str, Any], given: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--seconds", type=float, default=300, help="of the server; the others have a sixth of it each")
+    parser.add_argument(
+        "--seconds", type=float, default=300, help="of the server; the others have an eighth of it each"
+    )
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1, help="PyTorch's, of every engine")
