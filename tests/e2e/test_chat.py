@@ -1,6 +1,7 @@
 """`lapilli chat` as a user has it: one question from a script, and a conversation at a terminal."""
 
 import contextlib
+import io
 import json
 import os
 import pty
@@ -120,9 +121,47 @@ def test_options_reach_the_model(root, monkeypatch, capsys):
     assert "cut after 3 tokens" in err
 
 
+def test_the_original_flags_are_taken(root, monkeypatch, capsys):
+    """Those of run_llava, with its list of pictures in one argument, and of the original's terminal chat."""
+    asked = [
+        "--query",
+        "<image-placeholder> or <image-placeholder>?",
+        "--image-file",
+        "a picture.jpg;b.png",
+        "--sep",
+        ";",
+    ]
+    old = ["--conv-mode", "vicuna_v1", "--top_p", "0.9", "--num_beams", "1", "--max_new_tokens", "9", "--debug"]
+    assert here(root, monkeypatch, "chat", "--model-path", "model", *asked, *old) == 0
+    out, err = capsys.readouterr()
+    assert out == "a red dog 음식\n"
+    assert err.startswith("tokens: ")
+    assert "end: stop" in err
+    one = ["--image-file", "a picture.jpg", "--query", "What?", "--temperature", "0.2", "--num-beams", "1"]
+    assert here(root, monkeypatch, "chat", "--model-path", "model", *one) == 0
+    assert capsys.readouterr().out == "a red dog 음식\n"
+
+
+def test_several_questions_and_one_from_standard_input(root, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is\nit?\n"))
+    asked = ["--image", "b.png", "--question", "-", "--question", "And why?", "--num-beams", "2"]
+    assert here(root, monkeypatch, "chat", "model", *asked) == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == ("a red dog 음식\n" * 2, "")
+
+
+def test_a_wrong_command_line_is_status_2(root, monkeypatch, capsys):
+    for arguments in ([], ["model", "--model-path", "model"]):
+        assert here(root, monkeypatch, "chat", *arguments) == 2
+        assert "give one model folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["model", "--question", " "], "a question is empty"),
+        (["model", "--question", "-", "--question", "-"], "holds one question"),
+        (["model", "--image-file", "b.png,none.jpg", "--query", "a"], "none.jpg: no such file"),
         (["model", "--image", "none.jpg", "--message", "a"], "none.jpg: no such file"),
         (["model", "--image", "notes.txt", "--message", "a"], "notes.txt"),
         (["nowhere", "--message", "a"], "nowhere: no such folder"),
