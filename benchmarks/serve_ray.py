@@ -48,12 +48,14 @@ def measure(arguments: list[str], requests: int, tokens: int) -> None:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
+        said = []
         for line in process.stderr:
+            said.append(line)
             found = re.search(r" at (http://\S+)$", line.strip())
             if found:
                 break
         else:
-            raise SystemExit("the server did not start")
+            raise SystemExit("".join(said))
         # Its log goes on, and must be read.
         subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)
         with httpx.Client(timeout=120) as client:

@@ -209,14 +209,16 @@ def _waits(serve: Any, apps: Sequence[str]) -> str:
     known = serve.status().applications
     placed = sum(d.status == "HEALTHY" for app in apps if app in known for d in known[app].deployments.values())
     if placed == len(apps):
-        return "the others load their models"
-    return f"{len(apps) - placed} of them have no process yet (`ray status` says what the cluster is busy with)"
+        return "models are being loaded"
+    return f"processes that Ray has not started yet: {len(apps) - placed}"
 
 
 @contextmanager
 def _joined(address: str | None, cpus: int) -> Iterator[None]:
     import ray
 
+    if address is not None and address.startswith("ray://"):
+        raise RunError(f"--ray-address {address}: give HOST:PORT of the cluster itself, without ray://")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True}
     try:
         if address is None:
@@ -229,11 +231,9 @@ def _joined(address: str | None, cpus: int) -> Iterator[None]:
                 **quiet,
             )
         else:
-            if address.startswith("ray://"):
-                raise RunError(f"--ray-address {address}: give HOST:PORT of the cluster itself, without ray://")
             refuse_silence(address)
             ray.init(address, **quiet)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises bare ones, such as for a node that takes longer than 30 s to start
         what = "Ray did not start" if address is None else f"--ray-address {address}: no Ray cluster answers there"
         raise RunError(f"{what} ({str(error).strip().splitlines()[0]})") from error
     try:
