@@ -207,7 +207,9 @@ def test_keyboard(visit):
     assert page.locator(".editing").count() == 0
     assert page.evaluate("document.activeElement.id") == "question"
     page.keyboard.press("Control+/")
-    page.get_by_role("dialog", name="Keyboard").wait_for()
+    listed = page.get_by_role("dialog", name="Keyboard").inner_text()
+    assert "Enter" in listed
+    assert "object" not in listed
     page.keyboard.press("Escape")
     assert page.get_by_role("dialog", name="Keyboard").count() == 0
     page.keyboard.press("Shift+Tab")
@@ -265,8 +267,14 @@ def test_colours_follow_the_system_and_the_switch(visitor, scheme):
 
 def test_phone(visitor, page_models):
     """360 pixels: nothing is cut off, the settings are a drawer, and Enter is a new line."""
-    visit = visitor(viewport={"width": 360, "height": 640}, has_touch=True, is_mobile=True).open()
+    visit = visitor(viewport={"width": 360, "height": 420}, has_touch=True, is_mobile=True).open()
     page = visit.page
+    page.get_by_role("button", name="What is on these?").wait_for()
+    assert page.locator("#thread").evaluate("(one) => [one.scrollTop, one.scrollHeight > one.clientHeight]") == [
+        0,
+        True,
+    ]
+    page.set_viewport_size({"width": 360, "height": 640})
     visit.choose(page_models / "wide.jpg", page_models / "tall.png", page_models / "huge.png")
     assert visit.wide() == 0
     page.get_by_role("button", name="Take out huge.png").tap()

@@ -3,7 +3,7 @@
 import { el, plural } from "./dom.js";
 
 /** What stands where no conversation is yet. */
-export function welcome({ examples, columns }, use) {
+export function welcome({ examples, columns, votes }, use) {
   const cards = examples.map((example) =>
     el(
       "button",
@@ -23,7 +23,9 @@ export function welcome({ examples, columns }, use) {
     el(
       "p",
       {},
-      "Paste, drop or choose pictures, and ask. What is said here is forgotten when you leave, unless you export it.",
+      votes
+        ? "Paste, drop or choose pictures, and ask."
+        : "Paste, drop or choose pictures, and ask. What is said here is forgotten when you leave, unless you export it.",
     ),
     cards.length ? el("div", { class: "examples", role: "group", "aria-label": "Examples" }, cards) : null,
   );

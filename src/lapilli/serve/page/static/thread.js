@@ -41,7 +41,7 @@ export class Thread {
 
   toEnd() {
     this.follows = true;
-    this.scroller.scrollTop = this.scroller.scrollHeight;
+    this.scroller.scrollTop = this.page().conversation.empty ? 0 : this.scroller.scrollHeight;
   }
 
   /** Draw everything anew. */
