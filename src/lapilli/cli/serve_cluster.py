@@ -19,6 +19,7 @@ Worker = Annotated[
 ]
 Keys = Annotated[str | None, typer.Option(metavar="FILE", help="Keys that may ask, one a line; or LAPILLI_API_KEY.")]
 _CONTROLLER = "http://127.0.0.1:21001"
+_OPENAI_MODERATION = "https://api.openai.com/v1/moderations"
 _NO_TUNNEL = (
     "--share: there is no tunnel here: it would show this server to the world by another company's host. Give --host "
     "and a key and open the port, or forward it: ssh -L 7860:127.0.0.1:7860 HOST"
@@ -56,6 +57,13 @@ def web(
         str | None, typer.Option(metavar="DIR", help="Keep what is said on the page there, with pictures and votes.")
     ] = None,
     log_bytes: Annotated[int, typer.Option(min=1, help="Most that the folder of --log-dir may hold.")] = 10 << 30,
+    moderation_url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="An OpenAI-like /v1/moderations to ask first (key: LAPILLI_MODERATION_KEY)."),
+    ] = None,
+    moderate: Annotated[
+        bool, typer.Option("--moderate", help="Ask OpenAI's; its key may be in OPENAI_API_KEY, too.")
+    ] = False,
     share: Annotated[bool, typer.Option("--share", hidden=True)] = False,
     embed: Annotated[bool, typer.Option("--embed", hidden=True)] = False,
 ) -> None:
@@ -82,7 +90,9 @@ def web(
 
     page = None if no_page else make_page(limits, examples, log_dir, log_bytes)
     remote = RemotePictures(limits.image_bytes) if allow_image_urls else None
-    backend = _cluster(limits, controller, worker, template, model_list_mode, remote=remote)
+    backend: Any = _cluster(limits, controller, worker, template, model_list_mode, remote=remote)
+    if moderation_url is not None or moderate:
+        backend = _moderated(backend, moderation_url)
     start_log()
     serving.serve(backend, keys, limits, bound, tell(f"models of {worker or controller}", page), page)
 
@@ -123,6 +133,18 @@ def ask(
     models, answer = ask_once(backend, limits, model_name, message, max_new_tokens)
     say(f"models: {', '.join(models)}")
     typer.echo(answer)
+
+
+def _moderated(backend: Any, url: str | None) -> Any:
+    """The cluster behind a moderation service; without a URL OpenAI's, as the original's --moderate asks."""
+    import os
+
+    from lapilli.serve.moderation import KEY_VARIABLE, Moderated, Moderation, moderation_key
+
+    key = moderation_key() or (os.environ.get("OPENAI_API_KEY", "").strip() or None if url is None else None)
+    if url is None and key is None:
+        raise RunError(f"--moderate: OpenAI's moderation needs a key, {KEY_VARIABLE} or OPENAI_API_KEY")
+    return Moderated(backend, Moderation(url or _OPENAI_MODERATION, key=key))
 
 
 def _cluster(

@@ -61,7 +61,7 @@ class Passage:
     def close(self) -> None:
         """Let go of the other server, of the slots and of the request's places. Called twice, it does nothing."""
         for task in self._tasks:
-            task.cancel()
+            task.cancel()  # once: a second time would break off the closing of its connection
         metrics = self._upstream.metrics
         if self._growing and self._tasks:
             metrics.count("lapilli_answers_total", self._growing, model=self._name, finish="cancelled")
@@ -130,5 +130,4 @@ class Passage:
     async def _until_gone(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        self._tasks[0].cancel()
         self._events.put_nowait(GoneError())

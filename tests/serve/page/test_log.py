@@ -17,9 +17,9 @@ from lapilli.base.errors import RunError
 from lapilli.data.picture import ImageLimits
 from lapilli.data.template import get_template
 from lapilli.serve.naming import guess_template
-from lapilli.serve.page.log import ConversationLog, Said
+from lapilli.serve.page.log import ConversationLog
 from lapilli.serve.page.routes import Page
-from lapilli.serve.page.state import as_sent, picture_hash, state_of
+from lapilli.serve.page.state import Said, as_sent, picture_hash, state_of
 from lapilli.serve.refusal import ApiError
 from lapilli.serve.request import ChatRequest
 

@@ -75,7 +75,7 @@ class Passage:
     def close(self) -> None:
         """Let go of the workers and of the request's places. Called twice, it does nothing."""
         for task in self._tasks:
-            task.cancel()
+            task.cancel()  # once: a second time would break off the closing of its connection
         if self._growing and self._tasks:
             self._count("cancelled", self._growing)
         self._cluster.release(self._places)
@@ -152,8 +152,6 @@ class Passage:
     async def _until_gone(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        for task in self._tasks[:-1]:
-            task.cancel()
         self._events.put_nowait(GoneError())
 
 

@@ -14,9 +14,8 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import PIL.Image
 
@@ -25,26 +24,15 @@ from lapilli.data.picture import ImageLimits
 from lapilli.data.template import Template, get_template
 from lapilli.generate.conversation import open_picture
 from lapilli.serve.naming import guess_template
-from lapilli.serve.page.state import as_sent, picture_hash, state_of
+from lapilli.serve.page.state import Said, Vote, as_sent, picture_hash, state_of
 from lapilli.serve.reading import picture_bytes
 from lapilli.serve.refusal import ApiError, invalid
-from lapilli.serve.request import ImagePart, Turn
+from lapilli.serve.request import ImagePart
 
 log = logging.getLogger(__name__)
 
-Vote = Literal["upvote", "downvote", "flag"]
 _LONGEST_LINE = 1 << 20
 _JPEG = "JPEG"
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """A conversation on the page and who holds it; `ip` is the address that asked."""
-
-    conversation: str
-    model: str
-    messages: Sequence[Turn]
-    ip: str
 
 
 class ConversationLog:

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -20,11 +20,14 @@ from lapilli.base.version import VERSION
 from lapilli.data.template import Template
 from lapilli.serve.backend import Backend, unknown_model
 from lapilli.serve.page.examples import Example, Picture
-from lapilli.serve.page.log import ConversationLog, Said, Vote
 from lapilli.serve.page.shipped import INDEX, Shipped, read_shipped
+from lapilli.serve.page.state import Said, Vote
 from lapilli.serve.refusal import ApiError
 from lapilli.serve.request import Turn
 from lapilli.serve.settings import Limits
+
+if TYPE_CHECKING:
+    from lapilli.serve.page.log import ConversationLog
 
 _TEMPERATURE, _TOP_P, _MAX_TOKENS = 0.2, 0.7, 512
 """What the page begins with, as the original's."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import PIL.Image
 import PIL.ImageOps
@@ -19,6 +19,19 @@ from lapilli.serve.request import ImagePart, Turn
 
 _LONGEST_EDGE, _SHORTEST_EDGE = 1344, 672
 """Pixels. A picture with a longer edge is made smaller before it is sent or kept."""
+
+
+Vote = Literal["upvote", "downvote", "flag"]
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A conversation on the page and who holds it; `ip` is the address that asked."""
+
+    conversation: str
+    model: str
+    messages: Sequence[Turn]
+    ip: str
 
 
 @dataclass(frozen=True, slots=True)
