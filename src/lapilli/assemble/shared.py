@@ -30,6 +30,7 @@ from lapilli.base.errors import ModelError
 from lapilli.checkpoint import names
 from lapilli.checkpoint.lora import Merged, Update
 from lapilli.checkpoint.stream import Lazy, total_bytes
+from lapilli.model import split
 from lapilli.model.adapter import Beside
 from lapilli.model.held import held_bytes
 from lapilli.model.quantised import Held, mark_quantised, quantised_linear, sharing
@@ -45,11 +46,15 @@ _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 @dataclass(frozen=True)
 class Holding:
-    """How weights are held: in which type, on which device, the language model's linear layers perhaps quantised."""
+    """How weights are held: in which type, on which device, the language model's linear layers perhaps quantised.
+
+    With `split`, which begins with `device`, the language model's blocks are dealt out to several devices.
+    """
 
     device: torch.device
     dtype: torch.dtype
     quantised: Held | None = None
+    split: tuple[torch.device, ...] = ()
 
 
 def load_several(
@@ -81,8 +86,9 @@ def load_several(
             made[name] = Loaded(model, opened[name].tokenizer, opened[name].spec, folders[name])
             check_room(made[name])
     for name in folders.keys() - opened.keys():
-        if how.quantised is not None:
-            raise ModelError(f"{folders[name]}: its weights are quantised already; load it as it is")
+        if how.quantised is not None or how.split:
+            what = "load it as it is" if how.quantised is not None else "it is held on one device"
+            raise ModelError(f"{folders[name]}: its weights are quantised already; {what}")
         made[name] = load(folders[name], device=how.device, dtype=how.dtype, template=template)
         reasons[name] = "its weights are stored quantised"
     _say(groups, made, reasons)
@@ -163,7 +169,7 @@ def _make(
 ) -> dict[str, VisionLanguageModel]:
     """The models of a group; of one that had to be made by itself all the same, `reasons` gets to know why."""
     if len(group) == 1:
-        return {group[0]: _whole(opened[group[0]], how)}
+        return {group[0]: _connected(_whole(opened[group[0]], how), how)}
     bare = _bare(opened[group[0]])
     root = _whole(bare, how)
     made = {name: _over(root, bare, opened[name], how) for name in group}
@@ -171,8 +177,14 @@ def _make(
         why = _why_not_beside(model)
         if why:
             reasons[name] = f"its adapters had to be merged: {why}"
-            made[name] = _whole(opened[name], how)
+            made[name] = _connected(_whole(opened[name], how), how)
     return made
+
+
+def _connected(model: VisionLanguageModel, how: Holding) -> VisionLanguageModel:
+    if how.split:
+        split.connect(model)
+    return model
 
 
 @torch.no_grad()
@@ -192,7 +204,11 @@ def _whole(opened: OpenModel, how: Holding) -> VisionLanguageModel:
             model = materialise(opened, how.dtype)
         else:
             model = materialise_held(opened, how.quantised, how.dtype, how.dtype, how.device)
-    return model.to(how.device).eval()  # type: ignore[arg-type]
+    if not how.split:
+        return model.to(how.device).eval()  # type: ignore[arg-type]
+    where = split.place(model, how.split, [split.free_bytes(device) for device in how.split])
+    log.info("%s: layers on %s", opened.folder, split.said(where, how.split))
+    return model.eval()
 
 
 def _over(root: VisionLanguageModel, bare: OpenModel, opened: OpenModel, how: Holding) -> VisionLanguageModel:
@@ -211,7 +227,7 @@ def _over(root: VisionLanguageModel, bare: OpenModel, opened: OpenModel, how: Ho
     model.projector.to(how.device)
     if opened.config.image_newline:
         model.image_newline = nn.Parameter(model.image_newline.to(how.device), requires_grad=False)
-    return model.eval()
+    return _connected(model.eval(), how)
 
 
 def _copied(module: Any) -> Any:
@@ -240,14 +256,15 @@ def _give_own(language: Any, bare: OpenModel, opened: OpenModel, how: Holding) -
             made = quantised_linear(tensor.read(), bias, how.quantised, how.dtype, how.device)
             _set(language, layer, made.eval())
         else:
-            value = tensor.read().to(how.device, how.dtype, copy=True)
+            value = tensor.read().to(getattr(module, leaf).device, how.dtype, copy=True)
             setattr(module, leaf, nn.Parameter(value, requires_grad=False))
     language.tie_weights()
     for layer, updates in beside:  # last: a bias has its place in the layer itself
         a = torch.cat([update.a.read().float() for update in updates])
         b = torch.cat([update.b.read().float() * update.scale for update in updates], dim=1)
-        made = Beside(language.get_submodule(layer), a.to(how.device, how.dtype), b.to(how.device, how.dtype))
-        _set(language, layer, made.eval())
+        base = language.get_submodule(layer)
+        where = base.weight.device
+        _set(language, layer, Beside(base, a.to(where, how.dtype), b.to(where, how.dtype)).eval())
     if how.quantised is not None:
         mark_quantised(language, how.quantised)
 

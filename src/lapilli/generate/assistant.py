@@ -126,19 +126,35 @@ def load_together(
     dtype: torch.dtype | None = None,
     template: str | None = None,
     quantise: Held | None = None,
+    gpus: int = 1,
 ) -> dict[str, Assistant]:
     """`load` several models by name. Adapters over one base, and the base itself, hold its weights once.
 
-    `base` is for those of them that need one. Each may be asked in a thread of its own. What is shared is logged.
+    `base` is for those of them that need one. Each may be asked in a thread of its own. What is shared is logged. With
+    `gpus` the layers of each are dealt out to so many. Raises ModelError as `load` does, and for too few GPUs.
     """
-    if len(paths) == 1:
+    split = _split(device, gpus, quantise)
+    if len(paths) == 1 and not split:
         return {name: load(path, base, device, dtype, template, quantise) for name, path in paths.items()}
-    device = _checked(device)
+    device = split[0] if split else _checked(device)
     if quantise is not None:
         check_bitsandbytes()
-    how = Holding(device, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16), quantise)
+    how = Holding(device, dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16), quantise, split)
     loaded = load_several(paths, how, base=base, template=template)
     return {name: Assistant(**vars(one)) for name, one in loaded.items()}
+
+
+def _split(device: str | torch.device, gpus: int, quantise: Held | None) -> tuple[torch.device, ...]:
+    """The GPUs that layers are dealt out to; none where the model stays on one device."""
+    if gpus < 2:
+        return ()
+    if torch.cuda.device_count() < gpus:
+        raise ModelError(f"{gpus} GPUs are asked for, this machine has {torch.cuda.device_count()}")
+    if torch.device(device) != torch.device("cuda"):
+        raise ModelError(f"{gpus} GPUs are asked for, and device {device}; name the device cuda, or leave it out")
+    if quantise is not None:
+        raise ModelError(f"{gpus} GPUs are asked for: layers in {quantise} are held on one; leave one of the two out")
+    return tuple(torch.device("cuda", number) for number in range(gpus))
 
 
 def _checked(device: str | torch.device) -> torch.device:

@@ -28,6 +28,8 @@ from lapilli.generate.scheduler import LOOKAHEAD, Scheduler
 from lapilli.generate.slots_probe import why_not_slots
 from lapilli.generate.text import TextStream, Vocabulary
 from lapilli.model.language import native_attention, use_attention
+from lapilli.model.split import shares
+from lapilli.model.vlm import VisionLanguageModel
 
 log = logging.getLogger(__name__)
 
@@ -320,9 +322,11 @@ def _settings_of(config: GenerationConfig | None) -> list[str]:
     return sorted(name for name in _OF_SLOTS if getattr(config, name, None) not in (None, 0, 1.0, False))
 
 
-def _half_free(model: torch.nn.Module) -> int:
-    """Half of what is free on the model's GPU, or a quarter of the machine's memory."""
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
+def _half_free(model: VisionLanguageModel) -> int:
+    """Half of what is free on the model's GPU, or a quarter of the machine's memory.
+
+    Of several GPUs, the one with the least room for its layers' keys and values decides.
+    """
+    if next(model.parameters()).device.type == "cuda":
+        return min(int(torch.cuda.mem_get_info(d)[0] / 2 / part) for d, part in shares(model).items())
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4

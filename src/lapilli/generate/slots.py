@@ -115,13 +115,14 @@ class Step:
     layer: int = 0
     """The layer that attends next; counted here, since models number their layers in different ways."""
     masks: dict[Any, Any] = field(default_factory=dict)
-    """What is the same in every layer, made by the first one: by its kind and the layer's window."""
+    """What is the same in every layer, made by the first one: by its kind, and the layer's window and device."""
 
-    def once(self, kind: str, window: int | None, make: Callable[[], Any]) -> Any:
-        """What `make` gives, made once for all layers of the same window."""
-        if (kind, window) not in self.masks:
-            self.masks[kind, window] = make()
-        return self.masks[kind, window]
+    def once(self, kind: str, window: int | None, device: torch.device, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once for all layers of the same window on the same device."""
+        key = kind, window, device
+        if key not in self.masks:
+            self.masks[key] = make()
+        return self.masks[key]
 
 
 @dataclass(frozen=True)
@@ -193,14 +194,14 @@ def _rests(
         parts = (x.split(counts, dim=2) for x in (query, key, value))
         return torch.cat([_attend(q, k, v, form) for q, k, v in zip(*parts, strict=True)], dim=2)
     shared = prefix.length
-    blocks = step.once("blocks", None, lambda: _blocks(counts))
+    blocks = step.once("blocks", None, query.device, lambda: _blocks(counts))
 
     def make_masks() -> list[torch.Tensor]:
         seen = [_rests_mask(block, shared, form.window, query.device) for block in blocks]
         # Added to the scores, as the fused kernel does it: made once for all layers.
         return [torch.where(one, 0.0, float("-inf")).to(query.dtype) for one in seen] if form.plain else seen
 
-    masks = step.once(f"rests, {form.plain}", form.window, make_masks)
+    masks = step.once(f"rests, {form.plain}", form.window, query.device, make_masks)
     sizes = [sum(block) for block in blocks]
     all_keys, all_values = (_with_room(x, max(sizes)) for x in (prefix.keys[layer], prefix.values[layer]))
     outs: list[torch.Tensor] = []
@@ -273,14 +274,15 @@ def _next(
     cache = step.cache
     active, longest = cache.active, max(cache.lengths) + 1
     keys, values = cache.room(layer, key, longest)
-    places = step.once("places", None, lambda: torch.tensor(cache.lengths, device=key.device))
-    numbers = step.once("numbers", None, lambda: torch.arange(active, device=key.device))
+    where = key.device
+    places = step.once("places", None, where, lambda: torch.tensor(cache.lengths, device=where))
+    numbers = step.once("numbers", None, where, lambda: torch.arange(active, device=where))
     keys[numbers, :, places] = key[0].transpose(0, 1)
     values[numbers, :, places] = value[0].transpose(0, 1)
     queries = query.transpose(0, 2)  # (B, Hq, 1, d)
-    mask = step.once("own", form.window, lambda: _own_mask(places, longest, form.window))
+    mask = step.once("own", form.window, where, lambda: _own_mask(places, longest, form.window))
     own = keys[:active, :, :longest], values[:active, :, :longest]
-    groups = step.once("groups", form.window, lambda: _groups(cache, places, form.window))
+    groups = step.once("groups", form.window, where, lambda: _groups(cache, places, form.window))
     if not groups:
         return _masked(queries, *own, mask, form).transpose(0, 2)
     out, top, total = _partial(queries, *own, mask, form)
