@@ -51,6 +51,9 @@ def serve(
         bool, typer.Option("--load-8bit", help="Hold the language model's layers in 8 bits (bitsandbytes).")
     ] = False,
     load_4bit: Annotated[bool, typer.Option("--load-4bit", help="Hold them in 4 bits, NF4.")] = False,
+    num_gpus: Annotated[
+        int, typer.Option("--num-gpus", min=1, help="GPUs that each model's layers are dealt out to, or an engine's.")
+    ] = 1,
     engine: Annotated[
         str | None,
         typer.Option(help="Who makes the answers: vllm, sglang, openai with --engine-url, or ray: replicas of ours."),
@@ -130,6 +133,8 @@ def serve(
         _refuse_without_ray(ray)
     elif engine_url is not None or engine_args:
         raise RunError("--engine-url and --engine-args are not for --engine ray; --ray-address names a cluster")
+    elif num_gpus > 1:
+        raise RunError("--num-gpus is not for --engine ray: a replica's model lies on one GPU; leave it out")
     else:
         from lapilli.serve.models import name_models
         from lapilli.serve.ray_cluster import Place, ray_models
@@ -144,7 +149,7 @@ def serve(
 
         refuse_own({"--base": base, "--load-8bit": load_8bit, "--load-4bit": load_4bit, "--device": device != "auto"})
         chosen = {"engine": engine or "openai", "url": engine_url, "options": engine_args}
-        chosen |= {"seconds": engine_seconds, "template": template, "remote": remote}
+        chosen |= {"seconds": engine_seconds, "template": template, "gpus": num_gpus, "remote": remote}
         with engine_backend(models, limits, say, **chosen) as backend:
             serving.serve(backend, keys, limits, bound, tell(", ".join(backend.names), page), page)
         return
@@ -154,7 +159,7 @@ def serve(
 
     named = name_models(models)
     device = device_of(device)
-    how: dict[str, Any] = {"base": base, "device": device, "template": template, "quantise": bits}
+    how: dict[str, Any] = {"base": base, "device": device, "template": template, "quantise": bits, "gpus": num_gpus}
     opened = open_models(named, limits, remote=remote, **how)
     names = ", ".join(opened)
     serving.serve(LocalModels(opened), keys, limits, bound, tell(names, page), page)
@@ -213,6 +218,7 @@ def worker(
     limit_model_concurrency: Annotated[int, typer.Option(min=1, help="Answers that grow at a time.")] = 16,
     load_8bit: Annotated[bool, typer.Option("--load-8bit", help="Hold the language model in 8 bits.")] = False,
     load_4bit: Annotated[bool, typer.Option("--load-4bit", help="Hold it in 4 bits, NF4.")] = False,
+    num_gpus: Annotated[int, typer.Option("--num-gpus", min=1, help="GPUs that its layers are dealt out to.")] = 1,
     multi_modal: Annotated[bool, typer.Option("--multi-modal", hidden=True)] = False,
     stream_interval: Annotated[int | None, typer.Option(hidden=True)] = None,
     use_flash_attn: Annotated[bool, typer.Option("--use-flash-attn", hidden=True)] = False,
@@ -235,7 +241,8 @@ def worker(
     limits = Limits(slots=limit_model_concurrency)
     start_log()
     named = name_models([f"{model_name}={model_path}" if model_name else model_path])
-    (model,) = open_models(named, limits, device=device_of(device), base=model_base, quantise=bits).values()
+    how: dict[str, Any] = {"base": model_base, "device": device_of(device), "quantise": bits, "gpus": num_gpus}
+    (model,) = open_models(named, limits, **how).values()
     address = (worker_address or serving.root_of(bound)).rstrip("/")
     registration = None if no_register else Registration(controller_address, address, own_key())
     app = make_worker_app(model, keys, limits, registration)
