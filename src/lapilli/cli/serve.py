@@ -73,7 +73,7 @@ def serve(
         float | None, typer.Option(min=0.1, help="CPUs of each. Default: this machine's, shared out; in a cluster 1.")
     ] = None,
     replica_gpus: Annotated[
-        float | None, typer.Option(min=0, help="GPUs of each. Default: 1 where the cluster has any.")
+        float | None, typer.Option(min=0, max=1, help="GPUs of each. Default: 1 where the cluster has any.")
     ] = None,
     slots: Annotated[
         int | None, typer.Option(min=1, help="Answers that grow at a time. Default: 16 of a model, 256 of an engine.")
