@@ -52,9 +52,9 @@ def start():
         assert not worker.alive
 
 
-def ask(worker, prompt, **decoding):
+def ask(worker, prompt, whole=False, **decoding):
     heard = Heard()
-    wanted = Wanted(prompt, Decoding(**decoding), heard.take)
+    wanted = Wanted(prompt, Decoding(**decoding), heard.take, whole)
     worker.want(wanted)
     return wanted, heard
 
@@ -67,6 +67,29 @@ def test_pieces_add_up(start, tiny):
     heard = [ask(worker, p, max_new_tokens=9)[1] for p in prompts]
     assert [h.last for h in heard] == expected
     assert [h.text for h in heard] == [a.text for a in expected]
+
+
+def test_text_is_gathered_where_many_grow(start, parrot, monkeypatch):
+    """The first words leave at once and the rest in few pieces; alone, an answer leaves word by word."""
+    monkeypatch.setattr("lapilli.serve.worker._GATHER_SECONDS", 30.0)
+    monkeypatch.setattr("lapilli.serve.worker._LONGEST_GATHER_SECONDS", 30.0)
+    engine = Engine(parrot)
+    worker = start(engine)
+    prompt = engine.processor.prompt("?")
+    alone = ask(worker, prompt)[1]
+    assert alone.last.text == alone.text == "a red dog 음식"
+    assert len(alone.events) > 4
+    together = [ask(worker, prompt)[1] for _ in range(3)]
+    assert [h.last.text for h in together] == [h.text for h in together] == ["a red dog 음식"] * 3
+    # Whoever begins first or ends last may be alone for a while.
+    assert sum(len(h.events) for h in together) < 3 * len(alone.events) - 3
+
+
+def test_whole_answers_bring_one_piece(start, parrot):
+    engine = Engine(parrot)
+    heard = ask(start(engine), engine.processor.prompt("?"), whole=True)[1]
+    assert heard.last.text == "a red dog 음식"
+    assert len([e for e in heard.events if isinstance(e, Piece)]) == 1
 
 
 def test_padded_batches(start, tiny, monkeypatch):

@@ -214,7 +214,7 @@ class Worker:
                 last = self._ended(wanted)  # what it had not told goes first
                 self._made.append((wanted, last))
         now = time.monotonic()
-        gather = min(_LONGEST_GATHER_SECONDS, _GATHER_SECONDS * (len(self._growing) - 1))
+        gather = min(_LONGEST_GATHER_SECONDS, _GATHER_SECONDS * (self.active - 1))
         for wanted in self._growing:
             if wanted.gathered and now - wanted.posted >= gather:
                 self._tell(wanted, now)
