@@ -51,7 +51,7 @@ class Site:
 def site(models, page_models, tmp_path_factory):
     log = tmp_path_factory.mktemp("page-log")
     log.chmod(0o700)
-    names = [str(models / "parrot"), str(models / "tiny"), str(page_models / "tag"), str(page_models / "thinker")]
+    names = [str(models / "parrot"), str(page_models / "tag"), str(page_models / "thinker")]
     names += [f"forever={models / 'endless'}"]
     bounds = [word for name, value in LIMITS.items() for word in (f"--{name}", str(value))]
     slots = ["--slots", str(SLOTS), "--queue", str(QUEUE)]

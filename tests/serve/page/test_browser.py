@@ -285,6 +285,7 @@ def test_phone(visitor, page_models):
     visit.idle()
     assert visit.wide() == 0
     page.get_by_role("button", name="Side by side").tap()
+    page.locator("#model-1").select_option("tag")
     visit.box.fill("Both?")
     page.locator("#send").tap()
     visit.idle()
@@ -299,6 +300,42 @@ def test_phone(visitor, page_models):
         }).map((one) => one.outerHTML)"""
     )
     assert outside == []
+
+
+def test_copy(visit):
+    visit.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    visit.ask("Who?")
+    visit.page.get_by_role("button", name="Copy the answer").click()
+    until(lambda: visit.page.evaluate("navigator.clipboard.readText()") == "a red dog 음식")
+
+
+@pytest.mark.parametrize(("wish", "moves"), [("reduce", False), ("no-preference", True)])
+def test_nothing_moves_where_that_is_not_wanted(visitor, wish, moves):
+    visit = visitor(reduced_motion=wish).open("forever")
+    visit.ask("Tell me", wait=False)
+    visit.page.locator(".dots").wait_for()
+    running = "document.getAnimations().some((one) => one.animationName === 'breathe')"
+    assert visit.page.evaluate(running) == moves
+    visit.page.keyboard.press("Escape")
+    visit.idle()
+
+
+def test_a_seed_moves_on_when_asked_again(visit):
+    """Asked for other draws, with everything else as it was set."""
+    visit.page.locator("#settings").click()
+    visit.page.get_by_label("Seed").fill("7")
+    visit.page.get_by_label("Temperature").fill("1.5")
+    bodies = []
+    visit.page.on("request", lambda made: made.url.endswith("completions") and bodies.append(made.post_data_json))
+    visit.ask("Who?")
+    visit.page.get_by_role("button", name="Answer again").click()
+    visit.idle()
+    visit.ask("And now?")
+    assert [body["seed"] for body in bodies] == [7, 8, 7]
+    assert {(body["temperature"], body["top_p"], body["max_tokens"], body["stream"]) for body in bodies} == {
+        (1.5, 0.7, 512, True)
+    }
+    assert [message["content"] for message in bodies[1]["messages"]] == ["Who?"]
 
 
 def test_draft_and_settings_survive_a_reload(visit):

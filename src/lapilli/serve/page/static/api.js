@@ -30,6 +30,25 @@ export class Api {
   constructor(askKey) {
     this.askKey = askKey;
     this.asking = null;
+    this.held = null;
+  }
+
+  /** The key, kept in this tab; by the page alone where the browser lets it keep nothing. */
+  get key() {
+    try {
+      return sessionStorage.getItem(KEY) ?? this.held;
+    } catch {
+      return this.held;
+    }
+  }
+
+  set key(key) {
+    this.held = key;
+    try {
+      sessionStorage.setItem(KEY, key);
+    } catch {
+      // Then it is asked for again after a reload.
+    }
   }
 
   settings() {
@@ -81,19 +100,18 @@ export class Api {
 
   async #fetch(path, body, signal) {
     for (let wrong = false; ; wrong = true) {
-      const key = sessionStorage.getItem(KEY);
+      const key = this.key;
       const response = await this.#send(path, body, signal, key);
       if (response.ok) return response;
       if (response.status !== 401) throw await refusal(response);
-      const now = sessionStorage.getItem(KEY);
-      if (now !== key) continue; // somebody has given another one in the meantime
+      if (this.key !== key) continue; // somebody has given another one in the meantime
       this.asking ??= this.askKey(wrong || key !== null).finally(() => {
         this.asking = null;
       });
       const given = await this.asking;
       if (signal?.aborted) throw new DOMException("stopped", "AbortError");
       if (given === null) throw await refusal(response);
-      sessionStorage.setItem(KEY, given);
+      this.key = given;
     }
   }
 
