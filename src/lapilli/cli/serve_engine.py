@@ -56,6 +56,18 @@ def engine_backend(
         yield backend
 
 
+def sglang_worker(url: str, name: str | None, keys: Any, limits: Limits, registration: Any) -> tuple[str, Any]:
+    """The name and the application of a worker of LLaVA's cluster in front of an SGLang server.
+
+    Raises RunError if that is not one, or does not answer.
+    """
+    from lapilli.serve.cluster.sglang_worker import find_model, make_sglang_app
+    from lapilli.serve.upstream_attach import engine_key, root_of
+
+    model = find_model(root_of(url, "--sgl-endpoint"), engine_key(), name)
+    return model.name, make_sglang_app(model, keys, limits, registration)
+
+
 def _attached(engine: Any, url: str, models: Sequence[str], limits: Limits, remote: Any) -> Upstream:
     from lapilli.serve.upstream import Upstream
     from lapilli.serve.upstream_attach import attach

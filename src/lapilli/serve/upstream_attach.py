@@ -18,19 +18,24 @@ KEY_VARIABLE = "LAPILLI_ENGINE_KEY"
 _HEALTH: Mapping[Dialect, str] = {"vllm": "/health", "sglang": "/health", "openai": "/v1/models"}
 
 
-def root_of(url: str) -> str:
+def engine_key(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The key that the other server is shown."""
+    return environment.get(KEY_VARIABLE, "").strip() or None
+
+
+def root_of(url: str, flag: str = "--engine-url") -> str:
     """A server's address without `/v1`. Raises RunError for one that is not https and not on this machine."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname or "", parts.port
     except ValueError as error:
-        raise RunError(f"--engine-url {url}: not a web address ({error})") from error
+        raise RunError(f"{flag} {url}: not a web address ({error})") from error
     if parts.username is not None or parts.password is not None:
-        raise RunError(f"--engine-url ...@{host}: a key belongs into {KEY_VARIABLE}, not into the address")
+        raise RunError(f"{flag} ...@{host}: a key belongs into {KEY_VARIABLE}, not into the address")
     if not host or parts.scheme not in ("http", "https") or parts.query or parts.fragment:
-        raise RunError(f"--engine-url {url}: give an address such as http://127.0.0.1:30000")
+        raise RunError(f"{flag} {url}: give an address such as http://127.0.0.1:30000")
     if parts.scheme == "http" and not is_loopback(host):
-        raise RunError(f"--engine-url {url}: plain http goes to this machine only; others are asked over https")
+        raise RunError(f"{flag} {url}: plain http goes to this machine only; others are asked over https")
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
 
 
@@ -41,7 +46,7 @@ def attach(
 
     Raises RunError if it does not answer, refuses the key, or has not the models.
     """
-    endpoint = Endpoint(root_of(url), engine, environment.get(KEY_VARIABLE, "").strip() or None, _HEALTH[engine])
+    endpoint = Endpoint(root_of(url), engine, engine_key(environment), _HEALTH[engine])
     there = _listed(endpoint)
     models: dict[str, Elsewhere] = {}
     for one in given:

@@ -94,7 +94,7 @@ async def events(response: httpx.Response, answers: int, engine: str) -> AsyncIt
     an answer that was not asked for, an end before the end.
     """
     going = set(range(answers))
-    async for data in _events(response, engine):
+    async for data in event_data(response, engine):
         if data == b"[DONE]":
             break
         for made in _read(data, answers, engine):
@@ -108,7 +108,7 @@ async def events(response: httpx.Response, answers: int, engine: str) -> AsyncIt
         raise broken(engine, "the stream ended before the answer did")
 
 
-async def _events(response: httpx.Response, engine: str) -> AsyncIterator[bytes]:
+async def event_data(response: httpx.Response, engine: str) -> AsyncIterator[bytes]:
     """The data of server-sent events. Raises ApiError for one that grows too large."""
     held, data = bytearray(), bytearray()
     async for piece in response.aiter_bytes():

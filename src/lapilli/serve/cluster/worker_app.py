@@ -13,7 +13,7 @@ import logging
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 from fastapi import FastAPI, Request
@@ -21,6 +21,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from lapilli.base.errors import LapilliError
+from lapilli.data.template import Template
 from lapilli.generate.decoding import Answer, Decoding
 from lapilli.serve.app import bare_app
 from lapilli.serve.cluster.frames import HEARTBEAT_SECONDS, TOO_LONG, WORKER_FAILED, frame
@@ -41,7 +42,18 @@ _READERS = 4
 _MEDIA = "application/octet-stream"
 
 
-class _Ask(BaseModel):
+class Counted(Protocol):
+    """A model, and how many answers of it are on their way."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def taken(self) -> int: ...
+    @property
+    def template(self) -> Template | None: ...
+
+
+class Ask(BaseModel):
     """What the original's web server sends."""
 
     model: str = ""
@@ -60,7 +72,7 @@ class Registration:
         self._controller, self._address, self._beat_seconds = controller.rstrip("/"), address, beat_seconds
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
-    async def keep(self, model: Served) -> None:
+    async def keep(self, model: Counted) -> None:
         """For ever: register, and say how many wait; register again when the controller has forgotten."""
         known = said = False
         async with httpx.AsyncClient(headers=self._headers, timeout=5.0, trust_env=False) as client:
@@ -107,7 +119,7 @@ def make_worker_app(model: Served, keys: Keys, limits: Limits, registration: Reg
     app = bare_app("lapilli worker", life, keys)
 
     @app.post("/worker_generate_stream", response_class=StreamingResponse, responses=FRAMES)
-    async def generate(body: _Ask, request: Request) -> Response:
+    async def generate(body: Ask, request: Request) -> Response:
         return await _answer(model, body, request, readers, metrics)
 
     @app.post("/worker_get_status")
@@ -122,7 +134,7 @@ def make_worker_app(model: Served, keys: Keys, limits: Limits, registration: Reg
     return Guard(app, keys, limits, metrics, bare_posts=True)
 
 
-def status_of(model: Served) -> dict[str, Any]:
+def status_of(model: Counted) -> dict[str, Any]:
     """What a controller needs to know of a worker; and, for our web server, how the model's prompts are written."""
     said = {"model_names": [model.name], "speed": 1, "queue_length": model.taken}
     if model.template is not None:
@@ -130,12 +142,12 @@ def status_of(model: Served) -> dict[str, Any]:
     return said
 
 
-async def _answer(model: Served, body: _Ask, request: Request, readers: Executor, metrics: Metrics) -> Response:
+async def _answer(model: Served, body: Ask, request: Request, readers: Executor, metrics: Metrics) -> Response:
     pending: Pending | None = None
     try:
         pending = Pending(model, 1, request.scope["state"]["begun"], metrics)
         decoding = _decoding(body, model.limits)
-        files = _files(body, model.limits)
+        files = files_of(body, model.limits)
         prompt = await asyncio.get_running_loop().run_in_executor(
             readers, model.reader.read_rendered, body.prompt, files
         )
@@ -171,7 +183,7 @@ async def _frames(pending: Pending, prompt: str, prompt_tokens: int) -> AsyncIte
     yield frame(text, **last)
 
 
-def _decoding(body: _Ask, limits: Limits) -> Decoding:
+def _decoding(body: Ask, limits: Limits) -> Decoding:
     warm = body.temperature > _GREEDY_BELOW
     return Decoding(
         max_new_tokens=min(body.max_new_tokens, limits.new_tokens),
@@ -181,7 +193,8 @@ def _decoding(body: _Ask, limits: Limits) -> Decoding:
     )
 
 
-def _files(body: _Ask, limits: Limits) -> list[bytes]:
+def files_of(body: Ask, limits: Limits) -> list[bytes]:
+    """The pictures' files of a question. Raises ApiError for too many, and for what is not base64."""
     images = body.images or []
     if len(images) > limits.images:
         raise ApiError(400, f"{len(images)} pictures; this worker takes {limits.images} in a request")
