@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -185,6 +186,13 @@ def test_models(api):
         api.client.models.retrieve("other")
 
 
+def test_only_this_machine_is_listened_to(api):
+    host, port = api.server.root.removeprefix("http://").split(":")
+    assert host == "127.0.0.1"
+    with pytest.raises(ConnectionRefusedError):  # any other address of this machine stands for the outside
+        socket.create_connection(("127.0.0.2", int(port)), 5)
+
+
 def test_keys(api):
     client = api.client.with_options(api_key="sk-another")
     with pytest.raises(openai.AuthenticationError, match="wrong API key"):
@@ -323,10 +331,16 @@ def test_metrics(api):
     assert "a-path-of" not in page
 
 
-def test_the_log_holds_neither_keys_nor_contents(api):
+def test_the_log_holds_neither_keys_nor_contents(api, models):
     api.post({"model": "parrot", "messages": [{"role": "user", "content": "unmistakable"}]})
+    for picture in (data_url(models / "wide.jpg"), "data:image/png;base64,dW5taXN0YWthYmxl"):
+        parts = [text("unmistakable"), {"type": "image_url", "image_url": {"url": picture}}]
+        api.post({"model": "tiny", "messages": [{"role": "user", "content": parts}], "max_tokens": 1})
+    api.http.get("/v1/models/unmistakable?key=unmistakable", headers={"x-name": "unmistakable"})
     until(lambda: any("/v1/chat/completions 200" in line for line in api.server.lines), 5)
     log = "\n".join(api.server.lines)
     assert KEY not in log
     assert "unmistakable" not in log
+    assert "base64" not in log
+    assert "dW5ta" not in log
     assert "Traceback" not in log

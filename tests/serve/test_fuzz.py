@@ -4,6 +4,7 @@ import itertools
 import random
 from collections import Counter
 
+import PIL.Image
 import pytest
 from tests.support.malformed import (
     CHECKS,
@@ -14,10 +15,13 @@ from tests.support.malformed import (
     broken_pictures,
     chat_body,
     data_urls,
+    encoded,
     good_pictures,
     resident,
 )
 from tests.support.server_process import serving
+
+from lapilli.generate.processor import Processor
 
 KEY = "sk-a-key-for-tests"
 """As in conftest.py."""
@@ -37,6 +41,18 @@ def test_bombs_and_foreign_formats_are_refused(api):
         made = api.post(chat_body("tiny", as_url(data)))
         assert (made.status_code, made.json()["error"]["code"]) == (400, "invalid_image"), (name, made.text)
         assert "passwd" not in made.text
+
+
+def test_of_an_animation_one_frame_is_decoded(tiny):
+    """However many there are, and whatever is wrong with the others."""
+    frames = [PIL.Image.new("RGB", (30, 30), (40 * i, 99, 99)) for i in range(6)]
+    processor = Processor(tiny)
+    for kind, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})):
+        still = encoded(frames[0], kind, **options)
+        moving = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        assert processor.picture(moving).key == processor.picture(still).key, kind
+        if kind == "GIF":
+            assert processor.picture(moving[: len(still) + 20]).key == processor.picture(still).key
 
 
 def test_a_wrong_media_type_does_not_matter(api):

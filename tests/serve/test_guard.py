@@ -119,3 +119,19 @@ def test_rate():
     assert 19 <= int(made[3].headers["retry-after"]) <= 20
     assert json.loads(made[3].content)["error"]["code"] == "rate_limit_exceeded"
     assert health.status_code == 200
+
+
+def test_rate_of_addresses_where_there_are_no_keys():
+    """What a header says of the caller does not count."""
+
+    async def ask():
+        guard = Guard(Echo(), Keys(), Limits(requests_per_minute=2), Metrics())
+        made = []
+        for address, number in (("127.0.0.1", 1), ("127.0.0.1", 2), ("127.0.0.1", 3), ("127.0.0.5", 4)):
+            transport = httpx.ASGITransport(guard, client=(address, number))
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+                told = {"x-forwarded-for": f"10.0.0.{number}"}
+                made.append((await client.get("/v1/models", headers=told)).status_code)
+        return made
+
+    assert asyncio.run(ask()) == [200, 200, 429, 200]

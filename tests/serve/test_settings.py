@@ -1,5 +1,6 @@
 """Who may use a server, and what its models are called."""
 
+import hmac
 import socket
 
 import pytest
@@ -17,6 +18,17 @@ def test_keys_of_a_file_and_the_environment(tmp_path):
     assert [keys.find(k) for k in ("first", "second", "third", "# ours", "", "firs")] == [0, 1, 2, None, None, None]
     assert "first" not in repr(keys)
     assert not read_keys(None, {})
+
+
+def test_a_key_is_compared_with_every_other_in_constant_time(monkeypatch):
+    """How long a refusal takes says nothing of how much of a key was right, or of which key it was."""
+    compared = []
+    constant = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append(a) or constant(a, b))
+    keys = Keys.of(["first", "second", "third"])
+    assert [keys.find(k) for k in ("first", "third", "firsx", "x")] == [0, 2, None, None]
+    assert len(compared) == 12
+    assert all(isinstance(one, bytes) and len(one) == 32 for one in compared)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "two words\n", "gr\u00fcn\n"])
