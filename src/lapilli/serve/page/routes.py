@@ -142,14 +142,14 @@ def _add_log(app: FastAPI, kept: ConversationLog, backend: Backend) -> None:
         await asyncio.get_running_loop().run_in_executor(writers, how, said, cards[body.model].template)
         return Response(status_code=204)
 
-    @app.post("/page/turns")
+    @app.post("/page/turns", status_code=204, response_class=Response)
     async def turn(body: _Answered, request: Request) -> Response:
         sampling = {"temperature": body.temperature, "top_p": body.top_p, "max_new_tokens": body.max_tokens}
         return await keep(
             body, request, lambda said, template: kept.turn(said, template, body.start, body.finish, sampling)
         )
 
-    @app.post("/page/votes")
+    @app.post("/page/votes", status_code=204, response_class=Response)
     async def vote(body: _Voted, request: Request) -> Response:
         return await keep(body, request, lambda said, template: kept.vote(said, template, body.type))
 
