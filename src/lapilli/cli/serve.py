@@ -101,6 +101,15 @@ def serve(
         str | None, typer.Option(metavar="DIR", help="Keep what is said on the page there, with pictures and votes.")
     ] = None,
     log_bytes: Annotated[int, typer.Option(min=1, help="Most that the folder of --log-dir may hold.")] = 10 << 30,
+    moderation_url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="An OpenAI-like /v1/moderations to ask first (key: LAPILLI_MODERATION_KEY)."),
+    ] = None,
+    moderation_images: Annotated[bool, typer.Option("--moderation-images", help="About pictures too.")] = False,
+    moderation_optional: Annotated[
+        bool, typer.Option("--moderation-optional", help="Answer all the same where it can't be asked.")
+    ] = False,
+    moderation_model: Annotated[str | None, typer.Option(metavar="NAME", help="The service's model.")] = None,
 ) -> None:
     """Serve models over HTTP: a web page at /, and OpenAI's API: /v1/chat/completions, /v1/models, /metrics."""
     from lapilli.serve.settings import Limits, check_address, read_keys
@@ -123,10 +132,12 @@ def serve(
     serving = import_server()
     bound = serving.bind(host, port)  # before the wait for models
 
+    from lapilli.serve.moderation import moderating
     from lapilli.serve.remote import RemotePictures
 
     page = None if no_page else make_page(limits, examples, log_dir, log_bytes)
     remote = RemotePictures(image_bytes) if allow_image_urls else None
+    checked = moderating(moderation_url, images=moderation_images, optional=moderation_optional, model=moderation_model)
     start_log()
     ray = {"replicas": replicas, "address": ray_address, "cpus": replica_cpus, "gpus": replica_gpus}
     if engine != "ray":
@@ -142,7 +153,7 @@ def serve(
         place = Place(**{k: v for k, v in ray.items() if v is not None}, load_seconds=engine_seconds)
         chosen: dict[str, Any] = {"base": base, "device": device, "template": template, "quantise": bits}
         with ray_models(name_models(models), limits, place, say, remote=remote, **chosen) as backend:
-            serving.serve(backend, keys, limits, bound, tell(", ".join(backend.names), page), page)
+            serving.serve(checked(backend), keys, limits, bound, tell(", ".join(backend.names), page), page)
         return
     if engine is not None or engine_url is not None:
         from lapilli.cli.serve_engine import engine_backend, refuse_own
@@ -151,7 +162,7 @@ def serve(
         chosen = {"engine": engine or "openai", "url": engine_url, "options": engine_args}
         chosen |= {"seconds": engine_seconds, "template": template, "gpus": num_gpus, "remote": remote}
         with engine_backend(models, limits, say, **chosen) as backend:
-            serving.serve(backend, keys, limits, bound, tell(", ".join(backend.names), page), page)
+            serving.serve(checked(backend), keys, limits, bound, tell(", ".join(backend.names), page), page)
         return
 
     from lapilli.serve.local import LocalModels
@@ -162,7 +173,7 @@ def serve(
     how: dict[str, Any] = {"base": base, "device": device, "template": template, "quantise": bits, "gpus": num_gpus}
     opened = open_models(named, limits, remote=remote, **how)
     names = ", ".join(opened)
-    serving.serve(LocalModels(opened), keys, limits, bound, tell(names, page), page)
+    serving.serve(checked(LocalModels(opened)), keys, limits, bound, tell(names, page), page)
 
 
 @app.command()
@@ -197,7 +208,12 @@ def controller(
 
 @app.command()
 def worker(
-    model_path: Annotated[str, typer.Option(metavar="DIR", help="Model folder, run folder, or adapters.")],
+    model_path: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Model folder, run folder, or adapters; or --sgl-endpoint.")
+    ] = None,
+    sgl_endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="An SGLang server that answers (key: LAPILLI_ENGINE_KEY).")
+    ] = None,
     model_base: Annotated[str | None, typer.Option(metavar="DIR", help="Model that adapters were trained on.")] = None,
     model_name: Annotated[str | None, typer.Option(help="What it is called; its folder's name if not given.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")] = (
@@ -226,6 +242,8 @@ def worker(
     """LLaVA's worker: a model that a controller sends questions to."""
     from lapilli.serve.settings import Limits, check_address, own_key, read_keys
 
+    if (model_path is None) == (sgl_endpoint is None):
+        raise RunError("give the worker --model-path, or --sgl-endpoint with the address of an SGLang server")
     bits = held(load_8bit, load_4bit)
     without_effect(
         {"--multi-modal": multi_modal, "--stream-interval": stream_interval, "--use-flash-attn": use_flash_attn}
@@ -236,15 +254,25 @@ def worker(
     bound = serving.bind(host, port)
 
     from lapilli.serve.cluster.worker_app import Registration, make_worker_app
-    from lapilli.serve.models import name_models, open_models
 
     limits = Limits(slots=limit_model_concurrency)
     start_log()
-    named = name_models([f"{model_name}={model_path}" if model_name else model_path])
-    how: dict[str, Any] = {"base": model_base, "device": device_of(device), "quantise": bits, "gpus": num_gpus}
-    (model,) = open_models(named, limits, **how).values()
     address = (worker_address or serving.root_of(bound)).rstrip("/")
     registration = None if no_register else Registration(controller_address, address, own_key())
+    if sgl_endpoint is not None:
+        from lapilli.cli.serve_engine import refuse_own, sglang_worker
+
+        refuse_own({"--model-base": model_base, "--load-8bit": load_8bit, "--load-4bit": load_4bit,
+                    "--device": device != "auto", "--num-gpus": num_gpus > 1})  # fmt: skip
+        name, app = sglang_worker(sgl_endpoint, model_name, keys, limits, registration)
+        serving.serve_app(app, bound, limits.drain_seconds, lambda: say(f"{name}, worker at {address}"))
+        return
+
+    from lapilli.serve.models import name_models, open_models
+
+    named = name_models([f"{model_name}={model_path}" if model_name else str(model_path)])
+    how: dict[str, Any] = {"base": model_base, "device": device_of(device), "quantise": bits, "gpus": num_gpus}
+    (model,) = open_models(named, limits, **how).values()
     app = make_worker_app(model, keys, limits, registration)
     serving.serve_app(app, bound, limits.drain_seconds, lambda: say(f"{model.name}, worker at {address}"))
 
