@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tests.support.processes import Job, Watcher, run_together
 from tests.support.runs import assert_learned_the_same, make_workshop, train_alone
@@ -52,7 +53,7 @@ TOGETHER = [
         ("zero3 small", "text_beside_pictures"), ("zero2 offload", "text_beside_pictures"), ("zero2 offload", "adamw"),
     ],
 ]  # fmt: skip
-THERE = "checkpoints/step-000002"
+THERE, LAST = "checkpoints/step-000002", "checkpoints/step-000003"
 
 
 def job(path, zero, *more, out, **how):
@@ -110,6 +111,27 @@ def test_two_processes_learn_what_one_does(workshop, path, alone, runs):
             assert_answered_the_same(alone(kind), folder)
         else:
             assert_has_its_part_only(json.loads((folder / "engine.json").read_text()), zero)
+
+
+def test_a_moving_average_is_kept_of_what_each_process_steps(workshop, path):
+    """With each way of splitting, and from and to a run whose weights are whole."""
+    own, on = [*KINDS["freeze_vision"], "train.average_decay=0.9", "train.export=average"], "averaged zero3 small"
+    jobs = [
+        job(path, zero, *own, out=f"averaged {zero}") for zero in ("zero1", "zero2", "zero3 small", "zero3 offload")
+    ]
+    jobs.append(Job(path, [*EVERY, *own, "run.engine=ddp", "out=averaged ddp"], resume=f"{on}/{THERE}"))
+    jobs.append(job(path, "zero2", *own, out="averaged again", resume=f"averaged ddp/{LAST}"))
+    said = run_together(jobs, workshop)
+    assert all(one["step"] == 3 for both in said for one in both), said
+    alone = train_alone(path, *EVERY, *own, out="averaged")
+    plain = train_alone(path, *EVERY, *KINDS["freeze_vision"], out="not averaged")
+    with pytest.raises(AssertionError):
+        assert_learned_the_same(alone, plain)
+    for zero in ("zero1", "zero2", "zero3 small", "zero3 offload"):
+        assert_learned_the_same(alone, workshop / f"averaged {zero}")
+    assert_learned_the_same(alone, workshop / "averaged ddp", after=2)
+    a, b = (load_file(one / "model/model.safetensors") for one in (alone, workshop / "averaged again"))
+    assert all(torch.allclose(tensor, b[name], rtol=1e-5, atol=1e-6) for name, tensor in a.items())
 
 
 def assert_has_its_part_only(engine, zero):

@@ -24,35 +24,31 @@ class Average:
     """The moving average of an engine's trained weights, laid out as they are. Takes 4 bytes for each of them."""
 
     def __init__(self, engine: Single, decay: float) -> None:
-        """Start from the weights as they are. Raises RunError if the engine does not show its weights."""
-        if not engine.averages:
-            raise RunError(
-                f"train.average_decay: not with run.engine {engine.name}; use ddp or fsdp, or set it to null"
-            )
+        """Start from the weights as they are."""
         self.decay = decay
         self._engine = engine
-        self._values = {name: p.detach().to(torch.float32, copy=True) for name, p in engine.trained()}
+        self._values = {name: tensor.to(torch.float32, copy=True) for name, tensor in engine.learning()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after `step`, counted from 1."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
-        for name, parameter in self._engine.trained():
-            self._values[name].lerp_(parameter.detach().to(torch.float32), share)
+        for name, tensor in self._engine.learning():
+            self._values[name].lerp_(tensor.to(torch.float32), share)
 
     def state(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """What a checkpoint holds of it, as `Single.state`."""
-        return ((KIND, name, value) for name, value in self._values.items())
+        return self._engine.state_of(KIND, self._values)
 
     def load(self, saved: Saved) -> None:
         """Put a checkpoint's average in place. Raises RunError if it has none or another model's."""
-        saved.load(KIND, self._values)
+        self._engine.load_values(saved, KIND, self._values)
 
     @torch.no_grad()
     def put_into_model(self) -> None:
-        """Replace the trained weights by their average."""
-        for name, parameter in self._engine.trained():
-            parameter.detach().copy_(self._values[name])
+        """Replace what learns by its average, to be exported: no pass follows."""
+        for name, tensor in self._engine.learning():
+            tensor.copy_(self._values[name])
 
 
 def choose_weights(ready: Prepared, average: Average | None, say: Say) -> None:

@@ -66,7 +66,6 @@ class DeepSpeed(Lockstep):
     """ZeRO of the recipe's stage. `optimizer` makes it ready."""
 
     name = "deepspeed"
-    averages = False
     gathers = True
 
     def __init__(self, module: LossModule, world: World, run: Run, device: torch.device) -> None:
@@ -211,6 +210,28 @@ class DeepSpeed(Lockstep):
                     if isinstance(value, torch.Tensor):
                         flat = value.shape == piece.flat.shape
                         yield "optimizer", f"{name}.{key}", self._gather(parameter, piece, value) if flat else value
+
+    def learning(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The flat partitions, in fp32."""
+        flats = {id(flat): flat for flat in (self._piece(name, one).flat for name, one in self.trained())}
+        return ((f"flat {number}", flat.detach()) for number, flat in enumerate(flats.values()))
+
+    def state_of(self, kind: str, values: dict[str, torch.Tensor]) -> Iterator[tuple[str, str, torch.Tensor]]:
+        for name, parameter, piece, laid_out in self._pieces_of(values):
+            yield kind, name, self._gather(parameter, piece, laid_out)
+
+    def load_values(self, saved: Saved, kind: str, values: dict[str, torch.Tensor]) -> None:
+        _check_names(saved, kind, dict(self.trained()))
+        for name, parameter, _, laid_out in self._pieces_of(values):
+            self._put(name, parameter, saved.whole(kind, name), laid_out)
+
+    def _pieces_of(self, values: dict[str, torch.Tensor]) -> Iterator[tuple[str, nn.Parameter, _Piece, torch.Tensor]]:
+        """Each trained weight with its piece, and which of `values`, laid out as `learning`, the piece is cut from."""
+        numbers: dict[int, int] = {}
+        for name, parameter in self.trained():
+            piece = self._piece(name, parameter)
+            number = numbers.setdefault(id(piece.flat), len(numbers))
+            yield name, parameter, piece, values[f"flat {number}"]
 
     def load_weights(self, saved: Saved, kind: str = "weights") -> None:
         trained = dict(self.trained())

@@ -103,9 +103,6 @@ class Single:
         """Scale the gradients so that their norm, now `norm`, is at most `max_norm`."""
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
-    averages = True
-    """Whether `trained` shows the weights themselves, as a moving average of them needs."""
-
     gathers = False
     """Whether `state` gathers what it yields, so that it is gone when the next one is asked for."""
 
@@ -134,6 +131,18 @@ class Single:
             shape = tuple(saved.known(kind)[unknown].shape)
             raise RunError(f"{saved.folder}: weight {unknown} {shape} does not fit this run's model, which trains none")
         saved.load(kind, trained)
+
+    def learning(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the optimiser steps in this process, under names of the engine's own: moving averages are kept of it."""
+        return ((name, parameter.detach()) for name, parameter in self.trained())
+
+    def state_of(self, kind: str, values: dict[str, torch.Tensor]) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """As `state`, of `values` laid out as `learning`, under the canonical names of the weights."""
+        return ((kind, name, value) for name, value in values.items())
+
+    def load_values(self, saved: Saved, kind: str, values: dict[str, torch.Tensor]) -> None:
+        """Put what `state_of` saved, by whatever engine, into `values`. Raises RunError if they do not fit."""
+        saved.load(kind, values)
 
     def load_state(self, saved: Saved, optimizer: torch.optim.Optimizer) -> None:
         """Put the weights and the optimiser's state in place, by whatever engine and number of processes it was saved.

@@ -121,7 +121,8 @@ def needs(
     device = {"weights": parts.weights, "gradients": parts.gradients, "optimiser": parts.optimizer}
     host = {"optimiser and weights": parts.host} if parts.host else {}
     if train.average_decay is not None:
-        device["moving average"] = 4 * sizes.trained
+        split = place.processes if engine.startswith(("fsdp", "zero")) else 1  # as the weights are
+        (host if engine.endswith("+offload") else device)["moving average"] = 4 * sizes.trained // split
     logits = traced.peak["logits"] if traced.peak else 0
     device["activations"] = traced.peak_activations - logits + parts.gathered
     if engine.startswith(("fsdp", "zero")):  # their weights are cast layer by layer, and not kept
