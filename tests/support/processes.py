@@ -125,10 +125,13 @@ class Watcher:
 def _facts(engine: Any) -> dict[str, Any]:
     if engine.name == "deepspeed":
         return _zero_facts(engine)
+    from torch._dynamo.utils import counters
+
     kinds = [{cls.__name__ for cls in type(module).__mro__} for module in engine.module.modules()]
     trained = [p for _, p in engine.trained()]
     return {
         "name": engine.name,
+        "graphs": counters["stats"]["unique_graphs"],
         "units": sum("FSDPModule" in names for names in kinds),
         "trained": sum(p.numel() for p in trained),
         "trained here": sum(_here(p).numel() for p in trained),

@@ -182,6 +182,19 @@ def test_each_process_has_its_rows_only(workshop, together, kind):
 
 
 @pytest.mark.slow
+def test_compiled_layers_that_are_split_learn_what_plain_ones_do(workshop):
+    own = [*EVERY, FSDP, *KINDS["full"], "run.deterministic=false"]
+    names = {"plain": "false", "compiled": "true"}
+    jobs = [Job(str(workshop / "recipe.yaml"), [*own, f"run.compile={on}", f"out={out}"]) for out, on in names.items()]
+    for first, second in run_together(jobs, workshop):
+        assert (first["step"], second["step"]) == (3, 3)
+    plain, compiled = (json.loads((workshop / name / "engine.json").read_text()) for name in names)
+    assert compiled["graphs"] > plain["graphs"] == 0
+    assert compiled["units"] == plain["units"] == UNITS["full"]
+    assert_learned_the_same(workshop / "plain", workshop / "compiled")
+
+
+@pytest.mark.slow
 def test_the_first_process_asks_the_whole_model(workshop, alone, together):
     rows, others = (read_metrics(folder / "metrics.jsonl") for folder in (alone("asked"), workshop / "asked"))
     answers = [row["evaluation"] for row in rows if "evaluation" in row]

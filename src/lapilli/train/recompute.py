@@ -81,8 +81,8 @@ def check_compile(stage: Stage, engine: str) -> None:
         )
     if stage.train.lora is not None and stage.train.lora.quantise is not None:
         raise RunError("run.compile with train.lora.quantise: bitsandbytes' layers can't be compiled; use one of them")
-    if engine not in ("single", "ddp"):
-        raise RunError(f"run.compile with run.engine: {engine} is not tested; use single or ddp")
+    if engine == "deepspeed":
+        raise RunError("run.compile with run.engine: deepspeed is not tested; use single, ddp or fsdp")
 
 
 def compile_layers(model: VisionLanguageModel, device: Device) -> int:
