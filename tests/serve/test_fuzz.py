@@ -83,6 +83,15 @@ def test_what_the_description_allows_and_forbids(api):
 
 
 @pytest.mark.slow
+def test_the_page_takes_what_was_said(models, tmp_path):
+    (tmp_path / "log").mkdir(0o700)
+    with serving(str(models / "parrot"), "--log-dir", str(tmp_path / "log")) as server:
+        said = ask_by_description(server.root, None, 60, models=["parrot"])
+        assert {"200", "400"} <= set(said), said
+        assert "Traceback" not in "\n".join(server.lines)
+
+
+@pytest.mark.slow
 def test_the_parts_of_a_cluster(models):
     """They take LLaVA's loose types, so not all that their description forbids is refused."""
     with (

@@ -40,6 +40,8 @@ def by_hand(rng):
 
 def test_ten_thousand_requests(models, tmp_path):
     names = [str(models / "parrot"), str(models / "tiny"), "--new-tokens", "8", "--image-pixels", "250000"]
+    (tmp_path / "log").mkdir(0o700)
+    names += ["--log-dir", str(tmp_path / "log")]  # with it the page takes what was said, and votes
     with serving(*names) as server, httpx.Client(base_url=server.root, timeout=60) as http:
         requests = by_hand(random.Random(7))
         statuses, sizes = Counter(), []

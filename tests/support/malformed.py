@@ -66,7 +66,9 @@ def ask_by_description(
         session.headers["authorization"] = f"Bearer {key}"
     described = session.get(f"{root}/openapi.json", timeout=10).json()
     if models:
-        described["components"]["schemas"]["ChatRequest"]["properties"]["model"] = {"enum": list(models)}
+        for schema in described["components"]["schemas"].values():
+            if {"model", "messages"} <= set(schema.get("properties", ())):
+                schema["properties"]["model"] = {"enum": list(models)}
     operations = [found.ok() for found in schemathesis.openapi.from_dict(described).get_all_operations()]
     weights = {one.label: 8 if one.method == "post" and one.body else 1 for one in operations}
     statuses: Counter[str] = Counter()

@@ -19,6 +19,7 @@ from starlette.responses import Response
 from lapilli.base.version import VERSION
 from lapilli.data.template import Template
 from lapilli.serve.backend import Backend, unknown_model
+from lapilli.serve.description import text
 from lapilli.serve.page.examples import Example, Picture
 from lapilli.serve.page.shipped import INDEX, Shipped, read_shipped
 from lapilli.serve.page.state import Said, Vote
@@ -121,7 +122,7 @@ def add_page(app: FastAPI, page: Page, backend: Backend, limits: Limits) -> None
             "version": VERSION,
         }
 
-    @app.get("/page/examples/{number}")
+    @app.get("/page/examples/{number}", response_class=Response, responses=text("image/*"))
     async def example(number: int) -> Response:
         if not 0 <= number < len(pictures):
             raise ApiError(404, "no such example", code="not_found")
