@@ -29,7 +29,7 @@ app.command()(register)
 app.command("test")(ask)
 
 
-@app.command(_API, epilog="Parts of LLaVA's cluster: controller, worker, web, register, test; `lapilli serve web --help`.")
+@app.command(_API, epilog="LLaVA's cluster: controller, worker, web, register, test; see `lapilli serve web --help`.")
 def serve(
     models: Annotated[
         list[str],
