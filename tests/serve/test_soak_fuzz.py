@@ -45,14 +45,14 @@ def test_ten_thousand_requests(models, tmp_path):
     with serving(*names) as server, httpx.Client(base_url=server.root, timeout=60) as http:
         requests = by_hand(random.Random(7))
         statuses, sizes = Counter(), []
-        for part in (500, 3500, 3500):
+        for part in (500, 4000, 4000):
             for body, answered in itertools.islice(requests, part):
                 made = http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
                 statuses[made.status_code] += 1
                 assert made.status_code < 500, (body[:500], made.text)
                 assert answered is None or (made.status_code == 200) == answered, (body[:500], made.text)
             sizes.append(resident(server.process.pid))
-        described = ask_by_description(server.root, None, 2600, models=["parrot", "tiny"])
+        described = ask_by_description(server.root, None, 1700, models=["parrot", "tiny"])
         sizes.append(resident(server.process.pid))
         print(statuses, described, [size >> 20 for size in sizes])  # noqa: T201
         assert statuses.total() + described.total() >= 10_000

@@ -70,7 +70,8 @@ def ask_by_description(
             if {"model", "messages"} <= set(schema.get("properties", ())):
                 schema["properties"]["model"] = {"enum": list(models)}
     operations = [found.ok() for found in schemathesis.openapi.from_dict(described).get_all_operations()]
-    weights = {one.label: 8 if one.method == "post" and one.body else 1 for one in operations}
+    # Where nothing can differ from one request to the next, one is enough.
+    weights = {one.label: 8 if one.body else 1 if one.path_parameters else 0 for one in operations}
     statuses: Counter[str] = Counter()
 
     for operation in operations:
