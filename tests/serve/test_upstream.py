@@ -11,6 +11,7 @@ import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import httpx
 import openai
@@ -35,7 +36,7 @@ class Misbehaving(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     how = "well"
-    bodies: list[dict] = []
+    bodies: ClassVar[list[dict]] = []
     left = threading.Event()
 
     def log_message(self, *_):
@@ -164,9 +165,11 @@ def front(api):
     """Our server in front of our server, which wants a key."""
     arguments = (*NAMES, "--engine", "vllm", "--engine-url", api.server.url, "--new-tokens", "20000", "--images", "3")
     environment = {"LAPILLI_ENGINE_KEY": KEY}
-    with serving(*arguments, "--image-pixels", "250000", environment=environment) as server:
-        with OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=60) as client:
-            yield client
+    with (
+        serving(*arguments, "--image-pixels", "250000", environment=environment) as server,
+        OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=60) as client,
+    ):
+        yield client
 
 
 @pytest.mark.slow
@@ -225,11 +228,11 @@ def test_names_stops_and_refusals(api, front, models):
 def test_a_client_that_leaves_frees_the_slot_behind_within_a_second(api, front, streamed):
     body = {"model": "forever", "messages": ASK, "max_tokens": 15000, "temperature": 0, "stream": streamed}
     active = 'lapilli_active{model="forever"}'
-    with contextlib.suppress(httpx.ReadTimeout):
-        with httpx.stream("POST", f"{front.base_url}chat/completions", json=body, timeout=1.0) as response:
-            for line in response.iter_lines():
-                if '"content":"' in line and "blue" in line:
-                    break
+    asked = httpx.stream("POST", f"{front.base_url}chat/completions", json=body, timeout=1.0)
+    with contextlib.suppress(httpx.ReadTimeout), asked as response:
+        for line in response.iter_lines():
+            if "blue" in line:
+                break
     left = time.monotonic()
     while api.metric(active):
         assert time.monotonic() - left < 1.0
