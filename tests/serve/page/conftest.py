@@ -110,6 +110,12 @@ class Visit:
     def questions(self):
         return [one.inner_text() for one in self.page.locator(".asked").all()]
 
+    def longest(self, tokens=20_000):
+        """Set the longest answer; by default so long that one of `forever` surely goes on when it is stopped."""
+        self.page.locator("#settings").click()
+        self.page.locator("#max_tokens-0").fill(str(tokens))
+        self.page.locator("#settings").click()
+
     def menu(self, entry):
         self.page.get_by_role("button", name="More").click()
         self.page.locator("#menu").get_by_role("button", name=entry).click()

@@ -32,6 +32,7 @@ def test_ask_and_go_on(visit, site):
 
 def test_stop_frees_the_slot_and_keeps_the_words(visit, site):
     visit.page.locator("#model-0").select_option("forever")
+    visit.longest()
     visit.ask("Tell me", wait=False)
     until(lambda: "bird one blue" in "".join(visit.answers()))
     assert visit.page.locator(".answer.running").count() == 1
@@ -52,8 +53,7 @@ def test_stop_frees_the_slot_and_keeps_the_words(visit, site):
 
 def test_length_is_said(visit):
     visit.page.locator("#model-0").select_option("forever")
-    visit.page.locator("#settings").click()
-    visit.page.get_by_label("Longest answer").fill("5")
+    visit.longest(5)
     visit.ask("Tell me")
     assert "Cut off" in visit.page.locator(".remark").inner_text()
     assert "5 tokens" in visit.page.locator(".figures").inner_text()
@@ -172,6 +172,7 @@ def test_key(visitor):
 def test_a_full_queue_is_said_and_tried_again(visitor, site):
     ask = {"model": "forever", "messages": [{"role": "user", "content": "?"}], "stream": True}
     visit = visitor().open("forever")
+    visit.longest()
     visit.expected.append("429")
     streams = [site.http.stream("POST", "/v1/chat/completions", json=ask) for _ in range(SLOTS + QUEUE)]
     try:
@@ -312,6 +313,7 @@ def test_copy(visit):
 @pytest.mark.parametrize(("wish", "moves"), [("reduce", False), ("no-preference", True)])
 def test_nothing_moves_where_that_is_not_wanted(visitor, wish, moves):
     visit = visitor(reduced_motion=wish).open("forever")
+    visit.longest()
     visit.ask("Tell me", wait=False)
     visit.page.locator(".dots").wait_for()
     running = "document.getAnimations().some((one) => one.animationName === 'breathe')"

@@ -57,7 +57,8 @@ def test_two_models_answer_the_same_questions(visit, site):
 
 def test_one_column_fails_and_is_tried_again_alone(visitor, site):
     """Stop ends both; what got no answer in a column is left out of its conversation."""
-    visit = visitor().open()
+    visit = visitor().open("forever")
+    visit.longest()
     side_by_side(visit, "forever", "parrot")
     visit.ask("First?", wait=False)
     until(lambda: len(columns(visit)[0]) > 20 and columns(visit)[1] == "a red dog 음식")
@@ -75,6 +76,7 @@ def test_answers_that_break_off(visitor, page_models, models):
     with serving(f"forever={models / 'endless'}", "--request-seconds", "4", "--new-tokens", "20000") as server:
         visit = visitor(key=None, root=server.root).open("forever")
         visit.expected.append("ERR_")
+        visit.longest()
         problem = visit.page.locator(".problem")
         visit.ask("Tell me")
         assert "broke the answer off" in problem.inner_text()
@@ -101,8 +103,7 @@ def test_answers_that_break_off(visitor, page_models, models):
 def test_long_answers_stay_quick(visitor):
     """A long answer: the page keeps up, and follows only a reader who is at its end."""
     visit = visitor().open("forever")
-    visit.page.locator("#settings").click()
-    visit.page.get_by_label("Longest answer").fill("1500")
+    visit.longest(1500)
     visit.ask("Tell me", wait=False)
     until(lambda: len(visit.answers()[0]) > 2000, 60)
     visit.page.locator("#thread").evaluate("(one) => one.scrollTo(0, 0)")

@@ -223,36 +223,37 @@ def test_a_conversation_of_the_terminal(visit, page_models, parrot, tmp_path):
 TURNS = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 
 
-@pytest.mark.parametrize(
-    ("record", "said"),
-    [
-        ("{no", "not JSON"),
-        ([], "holds 0 conversations"),
-        ([{"conversations": TURNS}] * 2, "holds 2 conversations"),
-        ([7], "must be an object"),
-        ([{"id": "x"}], "`conversations` must be a list of turns"),
-        ([{"conversations": TURNS[:1]}], "an answer come last"),
-        ([{"conversations": TURNS[::-1]}], "turn 1: is from the assistant"),
-        ([{"conversations": [{"from": "robot", "value": ""}]}], 'unknown role "robot"'),
-        ([{"conversations": [{"from": "constructor", "value": ""}]}], 'unknown role "constructor"'),
-        ([{"conversations": [TURNS[0], {"from": "gpt", "value": 7}]}], "turn 2: `value` must be text"),
-        ([{"conversations": TURNS, "image": "data:image/png;base64,AAAA"}], "have 0 <image>, but the record names 1"),
-        (
-            [{"conversations": [{"from": "human", "value": "<image>"}, TURNS[1]], "image": "http://example.org/a.png"}],
-            "loads nothing from elsewhere",
-        ),
-        (
-            [{"conversations": [{"from": "human", "value": "<image>"}, TURNS[1]], "image": "data:text/html,<b>"}],
-            "picture 1: can't be opened",
-        ),
-    ],
-)
-def test_files_with_errors_are_refused(visit, tmp_path, record, said):
-    file = write(tmp_path, record)
-    give(visit.page, "drop", file)
-    visit.page.locator(".toast.bad").wait_for()
-    assert said in note(visit.page)
-    assert visit.page.locator(".exchange").count() == 0
+WRONG = [
+    ("{no", "not JSON"),
+    ([], "holds 0 conversations"),
+    ([{"conversations": TURNS}] * 2, "holds 2 conversations"),
+    ([7], "must be an object"),
+    ([{"id": "x"}], "`conversations` must be a list of turns"),
+    ([{"conversations": TURNS[:1]}], "an answer come last"),
+    ([{"conversations": TURNS[::-1]}], "turn 1: is from the assistant"),
+    ([{"conversations": [{"from": "robot", "value": ""}]}], 'unknown role "robot"'),
+    ([{"conversations": [{"from": "constructor", "value": ""}]}], 'unknown role "constructor"'),
+    ([{"conversations": [TURNS[0], {"from": "gpt", "value": 7}]}], "turn 2: `value` must be text"),
+    ([{"conversations": TURNS, "image": "data:image/png;base64,AAAA"}], "have 0 <image>, but the record names 1"),
+    (
+        [{"conversations": [{"from": "human", "value": "<image>"}, TURNS[1]], "image": "http://example.org/a.png"}],
+        "loads nothing from elsewhere",
+    ),
+    (
+        [{"conversations": [{"from": "human", "value": "<image>"}, TURNS[1]], "image": "data:text/html,<b>"}],
+        "picture 1: can't be opened",
+    ),
+]
+
+
+def test_files_with_errors_are_refused(visit, tmp_path):
+    """What is wrong and where is said, and the conversation stays as it was."""
+    for number, (record, said) in enumerate(WRONG):
+        give(visit.page, "drop", write(tmp_path, record, f"{number}.json"))
+        told = visit.page.locator(".toast.bad").filter(has_text=f"{number}.json: ")
+        told.last.wait_for()
+        assert said in told.last.inner_text()
+        assert visit.page.locator(".exchange").count() == 0
 
 
 HOSTILE = """<script>document.title = 'got'</script><img src=x onerror="document.title='got'">
