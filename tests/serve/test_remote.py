@@ -179,6 +179,7 @@ def test_redirects_bytes_seconds_and_errors_are_bounded():
     ) as server:
         fetcher = remote(server)
         codes = {path: refusal(fetcher, f"{server.url}{path}").code for path in server.replies if path != "/slow"}
+        assert [path for path, _ in server.asked].count("/round") == 4
         began = time.monotonic()
         late = refusal(remote(server, seconds=0.5), f"{server.url}/slow")
     assert codes == {
