@@ -148,7 +148,7 @@ def serve(
         raise RunError("--num-gpus is not for --engine ray: a replica's model lies on one GPU; leave it out")
     else:
         from lapilli.serve.models import name_models
-        from lapilli.serve.ray_cluster import Place, ray_models
+        from lapilli.serve.replicas.cluster import Place, ray_models
 
         place = Place(**{k: v for k, v in ray.items() if v is not None}, load_seconds=engine_seconds)
         chosen: dict[str, Any] = {"base": base, "device": device, "template": template, "quantise": bits}

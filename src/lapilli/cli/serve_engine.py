@@ -10,7 +10,7 @@ from lapilli.base.errors import RunError, unknown
 
 if TYPE_CHECKING:
     from lapilli.serve.settings import Limits
-    from lapilli.serve.upstream import Upstream
+    from lapilli.serve.upstream.backend import Upstream
 
 ENGINES = ("vllm", "sglang", "openai")
 
@@ -62,15 +62,15 @@ def sglang_worker(url: str, name: str | None, keys: Any, limits: Limits, registr
     Raises RunError if that is not one, or does not answer.
     """
     from lapilli.serve.cluster.sglang_worker import find_model, make_sglang_app
-    from lapilli.serve.upstream_attach import engine_key, root_of
+    from lapilli.serve.upstream.attach import engine_key, root_of
 
     model = find_model(root_of(url, "--sgl-endpoint"), engine_key(), name)
     return model.name, make_sglang_app(model, keys, limits, registration)
 
 
 def _attached(engine: Any, url: str, models: Sequence[str], limits: Limits, remote: Any) -> Upstream:
-    from lapilli.serve.upstream import Upstream
-    from lapilli.serve.upstream_attach import attach
+    from lapilli.serve.upstream.attach import attach
+    from lapilli.serve.upstream.backend import Upstream
 
     found, endpoint = attach(engine, url, models)
     return Upstream(found, endpoint, limits, remote=remote)
@@ -92,9 +92,9 @@ def _started(
     import signal
 
     from lapilli.serve.models import name_models
-    from lapilli.serve.upstream import Elsewhere, Upstream
-    from lapilli.serve.upstream_body import Target
-    from lapilli.serve.upstream_start import Wish, find, split_options, started
+    from lapilli.serve.upstream.backend import Elsewhere, Upstream
+    from lapilli.serve.upstream.body import Target
+    from lapilli.serve.upstream.start import Wish, find, split_options, started
 
     find(engine)  # before anything that takes time
     extra = split_options(engine, options)
@@ -103,7 +103,7 @@ def _started(
         raise RunError(f"--engine {engine} serves one model ({len(named)} are given); start one server for each")
     ((name, path),) = named.items()
 
-    from lapilli.serve.upstream_folder import loadable
+    from lapilli.serve.upstream.folder import loadable
 
     folder = loadable(path, engine, template)
     wish = Wish(engine, folder.folder, name, folder.chat_template, limits.images, gpus, extra, seconds)
@@ -114,6 +114,6 @@ def _started(
             [model], running.endpoint, limits, remote=remote, on_end=lambda: os.kill(os.getpid(), signal.SIGTERM)
         )
         if running.ended is not None:
-            from lapilli.serve.upstream_start import tail
+            from lapilli.serve.upstream.start import tail
 
             raise RunError(f"{engine}: {running.ended}\n{tail(running.log)}")

@@ -20,7 +20,7 @@ from lapilli.serve.cluster.asking import Asked, too_large
 from lapilli.serve.cluster.frames import Said, gone, read_frames
 from lapilli.serve.completions import GoneError
 from lapilli.serve.refusal import ApiError
-from lapilli.serve.upstream_stream import Delta, Usage
+from lapilli.serve.upstream.stream import Delta, Usage
 
 if TYPE_CHECKING:
     from lapilli.serve.cluster.web import Cluster

@@ -32,8 +32,8 @@ from lapilli.serve.guard import Guard
 from lapilli.serve.metrics import Metrics
 from lapilli.serve.refusal import ApiError, invalid
 from lapilli.serve.settings import Keys, Limits
-from lapilli.serve.upstream_body import plain_picture
-from lapilli.serve.upstream_stream import broken, event_data, refusal
+from lapilli.serve.upstream.body import plain_picture
+from lapilli.serve.upstream.stream import broken, event_data, refusal
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from lapilli.serve.refusal import ApiError, invalid
 from lapilli.serve.remote import RemotePictures
 from lapilli.serve.request import ChatRequest
 from lapilli.serve.settings import Limits
-from lapilli.serve.upstream_reply import Words, lines, whole
+from lapilli.serve.upstream.reply import Words, lines, whole
 
 log = logging.getLogger(__name__)
 

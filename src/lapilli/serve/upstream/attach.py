@@ -10,8 +10,8 @@ import httpx
 
 from lapilli.base.errors import RunError, nearest
 from lapilli.base.http import is_loopback
-from lapilli.serve.upstream import Elsewhere, Endpoint
-from lapilli.serve.upstream_body import Dialect, Target
+from lapilli.serve.upstream.backend import Elsewhere, Endpoint
+from lapilli.serve.upstream.body import Dialect, Target
 
 KEY_VARIABLE = "LAPILLI_ENGINE_KEY"
 """Holds the key of the other server."""

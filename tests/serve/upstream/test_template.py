@@ -4,7 +4,7 @@ import pytest
 from tests.support.tiny import build_tiny, make_picture
 
 import lapilli
-from lapilli.serve.upstream_folder import loadable
+from lapilli.serve.upstream.folder import loadable
 
 TEMPLATES = ("vicuna_v1", "llava_llama_2", "mistral_instruct", "chatml_direct")
 

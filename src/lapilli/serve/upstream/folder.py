@@ -18,7 +18,7 @@ from lapilli.base.errors import ModelError
 from lapilli.checkpoint.tensors import read_json
 from lapilli.data.encode import Encoder
 from lapilli.data.template import Template
-from lapilli.serve.upstream_body import Dialect
+from lapilli.serve.upstream.body import Dialect
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from lapilli.generate.processor import Prompt
-from lapilli.serve.ray_replica import Asked, Facts, Numbered
+from lapilli.serve.replicas.replica import Asked, Facts, Numbered
 from lapilli.serve.worker import Event, Lost, Piece, Post, Wanted
 
 log = logging.getLogger(__name__)

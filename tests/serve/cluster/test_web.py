@@ -38,7 +38,7 @@ from lapilli.serve.request import ChatRequest
 from lapilli.serve.settings import Keys, Limits
 
 KEY = "sk-of-the-cluster"
-RECORDED = json.loads((Path(__file__).parents[1] / "reference/serve/llava-web-server.json").read_text())
+RECORDED = json.loads((Path(__file__).parents[2] / "reference/serve/llava-web-server.json").read_text())
 PICTURE = {"type": "image_url", "image_url": {"url": data_url()}}
 
 

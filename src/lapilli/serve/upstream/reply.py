@@ -12,7 +12,7 @@ from lapilli.serve.completions import GoneError
 from lapilli.serve.refusal import ApiError
 from lapilli.serve.reply import DONE, Thoughts, event
 from lapilli.serve.request import ChatRequest
-from lapilli.serve.upstream_stream import Delta, Usage
+from lapilli.serve.upstream.stream import Delta, Usage
 
 
 class Passing(Protocol):

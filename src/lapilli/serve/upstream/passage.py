@@ -15,10 +15,10 @@ from fastapi import Request
 
 from lapilli.serve.completions import GoneError
 from lapilli.serve.refusal import ApiError
-from lapilli.serve.upstream_stream import Delta, Usage, broken, events, refusal
+from lapilli.serve.upstream.stream import Delta, Usage, broken, events, refusal
 
 if TYPE_CHECKING:
-    from lapilli.serve.upstream import Upstream
+    from lapilli.serve.upstream.backend import Upstream
 
 _CHAT = "/v1/chat/completions"
 _OPENED = object()

@@ -26,8 +26,9 @@ from typing import IO, Literal
 import httpx
 
 from lapilli.base.errors import RunError
+from lapilli.checkpoint.tensors import read_json
 from lapilli.serve.settings import KEY_VARIABLE
-from lapilli.serve.upstream import Endpoint
+from lapilli.serve.upstream.backend import Endpoint
 
 Engine = Literal["vllm", "sglang"]
 _PROGRAMS: Mapping[Engine, tuple[str, str]] = {
@@ -38,12 +39,16 @@ _OWN: Mapping[Engine, frozenset[str]] = {
     "vllm": frozenset({"--host", "--port", "--api-key", "--served-model-name", "--chat-template", "--model", "--uds",
                        "--chat-template-content-format", "--ssl-keyfile", "--ssl-certfile", "--root-path"}),
     "sglang": frozenset({"--host", "--port", "--api-key", "--served-model-name", "--chat-template", "--model-path",
-                         "--model", "--config", "--ssl-keyfile", "--ssl-certfile", "--fastapi-root-path"}),
+                         "--model", "--config", "--ssl-keyfile", "--ssl-certfile", "--fastapi-root-path",
+                         "--json-model-override-args"}),
 }  # fmt: skip
 """Options that are set here: with others the engine would not be found, or be found by anybody."""
 _QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
           "SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}  # fmt: skip
 """Nothing is told to others or loaded from them; log-probabilities are the model's, before temperature."""
+_PATCHES = ("--json-model-override-args", json.dumps({"vision_feature_select_strategy": "patch"}))
+"""SGLang 0.5.23 refuses, when it loads a llava folder, transformers' word `default` for leaving the class token out;
+its own word for it, `patch`, does the same in its forward pass."""
 _TAIL_BYTES = 4000
 _LOOK_SECONDS = 0.25
 
@@ -127,7 +132,9 @@ def command_of(wish: Wish, program: str, port: int, scratch: Path) -> list[str]:
         own = ["--chat-template-content-format", "openai", "--limit-mm-per-prompt", pictures]
         return [program, "serve", str(wish.folder), *place, *named, *own, *gpus, *wish.extra]
     model = ["--model-path", str(wish.folder), "--config", str(scratch / "key.yaml")]
-    return [program, "serve", *model, *place, *named, *gpus, *wish.extra]
+    strategy = read_json(wish.folder / "config.json").get("vision_feature_select_strategy", "default")
+    patches = _PATCHES if strategy == "default" else ()
+    return [program, "serve", *model, *place, *named, *gpus, *patches, *wish.extra]
 
 
 @contextlib.contextmanager
@@ -159,7 +166,7 @@ def _write_scratch(wish: Wish, key: str, scratch: Path) -> None:
 
 
 def _spawn(command: Sequence[str], key: str, out: IO[bytes]) -> subprocess.Popen[bytes]:
-    child = Path(__file__).with_name("upstream_child.py")
+    child = Path(__file__).with_name("child.py")
     environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
     environment |= _QUIET | {"VLLM_API_KEY": key}
     return subprocess.Popen(

@@ -27,9 +27,9 @@ from lapilli.serve.refusal import ApiError, invalid
 from lapilli.serve.remote import RemotePictures
 from lapilli.serve.request import ChatRequest
 from lapilli.serve.settings import Limits
-from lapilli.serve.upstream_body import Target, Writer
-from lapilli.serve.upstream_passage import Passage
-from lapilli.serve.upstream_reply import Words, lines, whole
+from lapilli.serve.upstream.body import Target, Writer
+from lapilli.serve.upstream.passage import Passage
+from lapilli.serve.upstream.reply import Words, lines, whole
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from tests.support.server_process import serving
 from tests.support.tiny import PARTS
 
 from lapilli.base.errors import ModelError, RunError
-from lapilli.serve import upstream_start
-from lapilli.serve.upstream_folder import loadable, with_prefix
-from lapilli.serve.upstream_start import split_options
+from lapilli.serve.upstream import start as upstream_start
+from lapilli.serve.upstream.folder import loadable, with_prefix
+from lapilli.serve.upstream.start import split_options
 
 ASK = {"messages": [{"role": "user", "content": "?"}], "temperature": 0}
 
@@ -89,6 +89,8 @@ def test_an_engine_is_started_asked_and_ended(name, engine, models, tmp_path):
         assert started["key"] not in " ".join([*started["arguments"], *server.lines])
         if name == "vllm":
             assert '{"image": 5}' in started["arguments"]
+        else:
+            assert '{"vision_feature_select_strategy": "patch"}' in started["arguments"]
         assert any("starting" in line and "--served-model-name it" in line for line in server.lines)
         made = asked(server, {"model": "it"}).json()
         assert (made["model"], made["choices"][0]["message"]["content"]) == ("it", "a red dog 음식")

@@ -129,7 +129,7 @@ _QUIET = {"log_level": "ERROR", "enable_access_log": False}
 
 
 def _target(serve: Any, app: str, given: tuple[Any, ...], cpus: float, gpus: float) -> Any:
-    from lapilli.serve.ray_replica import Replica
+    from lapilli.serve.replicas.replica import Replica
 
     made = serve.deployment(
         Replica,
@@ -154,7 +154,7 @@ def _backend(
     replicas: int,
     remote: RemotePictures | None,
 ) -> RayModels:
-    from lapilli.serve.ray_replicas import Replicas
+    from lapilli.serve.replicas.replicas import Replicas
 
     together = replace(limits, slots=limits.slots * replicas)
     models: dict[str, Served] = {}

@@ -25,8 +25,8 @@ from tests.support.server_process import serving
 from lapilli.base.errors import RunError
 from lapilli.serve.request import ChatRequest
 from lapilli.serve.settings import Limits
-from lapilli.serve.upstream_attach import attach, root_of
-from lapilli.serve.upstream_body import Target, Writer, plain_picture
+from lapilli.serve.upstream.attach import attach, root_of
+from lapilli.serve.upstream.body import Target, Writer, plain_picture
 
 NAMES = ("tiny", "bird=parrot", "forever")
 

@@ -1,0 +1,1 @@
+"""Other servers that make the answers: vLLM, SGLang, any of OpenAI's API; started here or running already."""
