@@ -130,7 +130,7 @@ def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
     if not given.no_original:
         say(f"{name}: the original's design")
         command = [sys.executable, str(HERE / "serve_rivals.py"), "original", str(work / "hf")]
-        with server(command, r"^(\d+)\n", "stdout", work / "original.log", given.environment) as (pid, port):
+        with server(command, r"(?:^|\n)(\d+)\n", "stdout", work / "original.log", given.environment) as (pid, port):
             made["original"] = load(port, pid, requests, shorter, given)
     return made | {"found": found(made, given)}
 
@@ -148,7 +148,7 @@ def found(made: dict[str, Any], given: argparse.Namespace) -> dict[str, float]:
     numbers = {
         "bare tokens/s": rate,
         "API tokens/s": api["tokens"] / api["seconds"],
-        "API beside bare, tokens/s": api["tokens"] / api["seconds"] / rate,
+        "API beside bare, tokens/s": ratio(api["tokens"] / api["seconds"], rate),
         "bare tokens per processor second": per_second,
         "API tokens per processor second of the server": api["tokens"] / api["server_processor_seconds"],
         "processors that the server keeps busy": api["server_processor_seconds"] / api["seconds"],
@@ -167,8 +167,14 @@ def found(made: dict[str, Any], given: argparse.Namespace) -> dict[str, float]:
         numbers["original's design, tokens/s"] = rival["tokens"] / rival["seconds"]
         numbers["original's design, first text, p95, s"] = rival["first_p95"]
         numbers["original's design, errors"] = rival["errors"]
-        numbers["API beside the original's design"] = numbers["API tokens/s"] / numbers["original's design, tokens/s"]
+        numbers["API beside the original's design"] = ratio(
+            numbers["API tokens/s"], numbers["original's design, tokens/s"]
+        )
     return numbers
+
+
+def ratio(one: float, other: float) -> float:
+    return one / other if other else float("nan")  # a run too short for an answer
 
 
 def main() -> None:
