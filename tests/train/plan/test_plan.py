@@ -19,8 +19,8 @@ from lapilli.train.plan.machine import named
 from lapilli.train.plan.plan import SEVERAL
 
 
-def plan(path, *overrides, memory=80 * 10**9, processes=1):
-    machine = replace(named("h100"), memory_bytes=memory)
+def plan(path, *overrides, memory=80 * 10**9, processes=1, kind="cuda"):
+    machine = replace(named("h100"), kind=kind, memory_bytes=memory)
     with open("/dev/null", "w") as stream:
         (made,) = plan_recipe(load_recipe(path, list(overrides)), machine, processes, stream=stream)
     return made
@@ -71,6 +71,27 @@ def test_padding_to_fixed_shapes_is_planned_as_the_run_has_it(recipe_file):
     assert made.workload.shape.tokens == made.workload.positions <= 700
     absent = plan(path, shapes, "data.train=absent.json").workload
     assert absent.positions_per_step > absent.tokens_per_step
+
+
+def test_micro_batches_are_played_in_the_sizes_that_the_run_has(recipe_file):
+    path, whole = recipe_file(), "train.tokens_per_micro_batch=100000"
+    tokens = [row["tokens"] for row in read_metrics(train_alone(path, whole) / "metrics.jsonl")]
+    assert plan(path, whole).workload.shares == tuple((own / max(tokens),) for own in tokens)
+    split = plan(path, f"train.tokens_per_micro_batch={max(tokens) * 2 // 3}").workload
+    assert split.micro_batches > 1
+    assert len(split.shares) == len(tokens)
+    assert max(max(step) for step in split.shares) == 1
+    assert {len(step) for step in split.shares} <= {1, 2}
+
+
+def test_a_copy_for_the_last_checkpoint_lies_where_activations_were(recipe_file):
+    path = recipe_file()
+    last = plan(path, "train.freeze=full", kind="cpu")
+    often = plan(path, "train.freeze=full", "train.save_every=2", kind="cpu")
+    trained = sum(part.trainable for part in last.parts)
+    files = 2 * 8 * trained  # the optimiser's, as bytes of its tensors and of the file
+    assert last.chosen.device["checkpoint being written"] == files
+    assert often.chosen.device["checkpoint being written"] == files + 12 * trained
 
 
 def test_data_that_are_not_there_are_assumed_and_said(recipe_file, tmp_path):

@@ -6,7 +6,7 @@ from the trace. On the CPU the heap's own waste is played through; on other devi
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 
@@ -18,6 +18,7 @@ from lapilli.recipe.schema import Run, Train
 from lapilli.train.optimizer import state_bytes_per_parameter
 from lapilli.train.plan.heap import BESIDE, Heap
 from lapilli.train.plan.trace import GRADIENT, Traced
+from lapilli.train.plan.workload import Workload
 from lapilli.train.tensors import FILE_BYTES
 
 QUANTISED_BYTES = {"nf4": 0.516, "int8": 1.0}
@@ -30,8 +31,6 @@ KEPT_SHARE = 0.05
 """What CUDA's allocator holds beyond what is alive, as a share of it; not measured on every kind of device."""
 BUCKET_BYTES = 2**26
 """Gradients in flight at once (`ddp`), or being reduced (`deepspeed`)."""
-_STEPS = (0.85, 0.95, 0.9, 1.0, 0.97, 1.0)
-"""Sizes of the micro-batches, against the heaviest, that the heap is played with: it grows when they change."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class Needs:
 
 
 def needs(
-    engine: str, checkpointing: str, sizes: Sizes, traced: Traced, micro_batches: float, train: Train, run: Run,
+    engine: str, checkpointing: str, sizes: Sizes, traced: Traced, workload: Workload, train: Train, run: Run,
     place: Place,
 ) -> Needs:  # fmt: skip
     """What each device holds at its worst moment.
@@ -128,16 +127,21 @@ def needs(
     if engine.startswith(("fsdp", "zero")):  # their weights are cast layer by layer, and not kept
         device["activations"] -= min(traced.casts, device["activations"])
     device["logits"] = logits
-    if ceil(micro_batches) == 1 and engine == "single":
+    if ceil(workload.micro_batches) == 1 and engine == "single":
         # Gradients come while activations go.
         device["gradients"] = max(0, max(parts.gradients, traced.peak_bytes) - traced.peak_activations)
     state = device["gradients"] + device["optimiser"] + device["activations"] + logits
-    written = _checkpoint(sizes, train, run, place.processes)
-    (device if place.kind == "cpu" else host)["checkpoint being written"] = written
+    copied, files = _checkpoint(sizes, train, run, place.processes)
     if place.kind == "cpu":
-        grown = heap_bytes(traced, sizes, micro_batches, train)
-        own = parts_alive(traced, sizes, micro_batches, train)
+        grown = heap_bytes(traced, sizes, workload.shares, train)
+        own = parts_alive(traced, sizes, workload.micro_batches, train)
         device["held by the allocator"] = int(state * max(0.0, grown / max(1, own) - 1))
+        if train.save_every is None and not train.keep_best:
+            # Once, when no step follows: the copy lies where activations were, which the heap keeps.
+            heap = int((state + device["held by the allocator"]) / BESIDE)
+            copied = max(0, copied - max(0, heap - parts.gradients - parts.optimizer))
+    (device if place.kind == "cpu" else host)["checkpoint being written"] = copied + files
+    if place.kind == "cpu":
         device["process"] = PROCESS_BYTES["cpu"]
         if place.workers:
             device["data workers"] = WORKER_BYTES * place.workers
@@ -149,12 +153,15 @@ def needs(
     return Needs(engine, checkpointing, device, host)
 
 
-def _checkpoint(sizes: Sizes, train: Train, run: Run, n: int) -> int:
-    """Bytes beside a run's own while its state is saved: the copy that is written meanwhile, and a file being made."""
+def _checkpoint(sizes: Sizes, train: Train, run: Run, n: int) -> tuple[int, int]:
+    """Bytes beside a run's own while its state is saved: the copy that is written meanwhile, and a file being made.
+
+    safetensors has the bytes of a file's tensors and, joined from them, those of the file.
+    """
     state = int(state_bytes_per_parameter(train) * sizes.trained)
     copied = sizes.trained_bytes + state if run.checkpoints == "async" else 0
     # Whole tensors are dealt out to the processes too.
-    return copied // n + min(FILE_BYTES, max(sizes.trained_bytes, state) // n)
+    return copied // n, 2 * min(FILE_BYTES, max(sizes.trained_bytes, state) // n)
 
 
 @dataclass(frozen=True)
@@ -213,17 +220,24 @@ def parts_alive(traced: Traced, sizes: Sizes, micro_batches: float, train: Train
     return state + max(4 * sizes.trained, traced.peak_bytes)
 
 
-def heap_bytes(traced: Traced, sizes: Sizes, micro_batches: float, train: Train) -> int:
-    """How large the heap of a process on the CPU grows beside its weights, played through over a few steps."""
+def heap_bytes(traced: Traced, sizes: Sizes, steps: Sequence[Sequence[float]], train: Train) -> int:
+    """How large the heap of a process on the CPU grows beside its weights, played through over a few steps.
+
+    `steps` are the sizes of their micro-batches, against the one that was traced.
+    """
     heap = Heap()
     trained = {4 * count for count in sizes.each_trained}
+    ended = {number for number, size in traced.events if size <= 0}
+    results = [number for number, size in traced.events if size > 0 and number not in ended]
     gradients: list[Hashable] = []
-    for step, scale in enumerate(_STEPS):
+    for step, scales in enumerate(steps):
         for key in gradients:
             heap.free(key)
         gradients = []
-        for number in range(min(ceil(micro_batches), 2)):
+        for number, scale in enumerate(scales):
             gradients += _pass(heap, traced, (step, number), scale, trained, kept=number == 0)
+        for key in ((step, number, result) for number in range(len(scales)) for result in results):
+            heap.free(key)  # losses outlive their pass, and not their step
         if step == 0:
             for place, count in enumerate(sizes.each_trained):
                 for key, size in enumerate(_states(train, count)):

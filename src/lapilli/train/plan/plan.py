@@ -237,7 +237,7 @@ def plan_stage(
     engines = dict.fromkeys([engine, *(SEVERAL if processes > 1 else ("single",))])
 
     def need(name: str, mode: str) -> Needs:
-        return needs(name, mode, sizes, traced[mode], workload.micro_batches, stage.train, stage.run, place)
+        return needs(name, mode, sizes, traced[mode], workload, stage.train, stage.run, place)
 
     scale = workload.positions_per_step / max(1, workload.positions)
     return StagePlan(

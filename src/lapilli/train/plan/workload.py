@@ -26,6 +26,10 @@ LOOKED_AT = 64
 ASSUMED_TEXT = 200
 ASSUMED_SUPERVISED = 100
 """Tokens of a conversation beside its picture, and how many of them are learned, where the data are not there."""
+PLAYED, PASSES = 6, 2
+"""Steps, and micro-batches of each, of which the sizes are kept one by one."""
+_GUESSED = (0.85, 0.95, 0.9, 1.0, 0.97, 1.0)
+"""Sizes of micro-batches, against the heaviest, where the data are not there."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,9 @@ class Workload:
     """Per step and process."""
     tokens_per_step: float
     pictures_per_step: float
+    shares: tuple[tuple[float, ...], ...]
+    """Positions of each micro-batch against the heaviest, in some steps over an epoch, the heaviest's among them: a
+    heap grows when sizes change. Of a step's micro-batches the largest, no more than `PASSES`."""
     total_steps: int | None
     """None where it depends on data that are not there."""
     positions_per_step: float = 0.0
@@ -92,7 +99,8 @@ def planned(stage: Stage, how: Reading, corpus: Corpus, processes: int, shapes: 
     looked_at = _spread(min(total, loader.steps_per_epoch))
     plans = [loader.plan(step) for step in looked_at]
     index = corpus.index
-    heaviest, shape = max((one for plan in plans for one in plan.orders()), key=lambda one: _weight(loader, *one))
+    weighed = [[(_weight(loader, *one), one) for one in plan.orders()] for plan in plans]
+    _, (heaviest, shape) = max((one for step in weighed for one in step), key=lambda one: one[0])
     padded = sum(one.tokens for plan in plans for one in plan.shapes)
     samples = np.concatenate([plan.samples for plan in plans])
     return Workload(
@@ -102,6 +110,7 @@ def planned(stage: Stage, how: Reading, corpus: Corpus, processes: int, shapes: 
         micro_batches=sum(len(plan.micro_batches) for plan in plans) / len(plans),
         tokens_per_step=float(index.lengths[samples].sum()) / len(plans),
         pictures_per_step=float(index.pictures[samples].sum()) / len(plans),
+        shares=_shares([[weight[0] for weight, _ in step] for step in weighed], total),
         total_steps=total,
         positions_per_step=(padded * processes if shapes else float(index.lengths[samples].sum())) / len(plans),
         shape=shape,
@@ -121,12 +130,14 @@ def assumed(stage: Stage, how: Reading, processes: int, why: str) -> Workload:
         (shape,) = choose_shapes([length], [1], [each.supervised], train.tokens_per_micro_batch, 1)
         at_once = shape.rows
     micro_batches = -(-own // at_once)
+    at_most = min(micro_batches, PASSES)
     padded = None if shape is None else float(micro_batches * processes * shape.tokens)
     return Workload(
         heaviest=(each,) * min(own, at_once),
         micro_batches=float(micro_batches),
         tokens_per_step=float(length * train.global_batch_size),
         pictures_per_step=float(train.global_batch_size),
+        shares=tuple((share,) * at_most for share in _GUESSED),
         total_steps=train.max_steps,
         positions_per_step=padded or float(length * train.global_batch_size),
         shape=shape,
@@ -135,8 +146,24 @@ def assumed(stage: Stage, how: Reading, processes: int, why: str) -> Workload:
     )
 
 
-def _spread(steps: int) -> list[int]:
-    return sorted({round(i) for i in np.linspace(0, steps - 1, min(steps, LOOKED_AT))})
+def _spread(steps: int, count: int = LOOKED_AT) -> list[int]:
+    return sorted({round(i) for i in np.linspace(0, steps - 1, min(steps, count))})
+
+
+def _shares(steps: Sequence[Sequence[int]], total: int) -> tuple[tuple[float, ...], ...]:
+    """`Workload.shares` of steps of which the positions of each micro-batch are given, in a run of `total` steps."""
+    heaviest = max(range(len(steps)), key=lambda step: max(steps[step]))
+    chosen = _spread(len(steps), PLAYED)
+    if heaviest not in chosen:
+        chosen[min(range(len(chosen)), key=lambda place: abs(chosen[place] - heaviest))] = heaviest
+    most = max(1, *steps[heaviest])
+    kept = []
+    for step in chosen:
+        own = steps[step]
+        largest = sorted(sorted(range(len(own)), key=lambda place: own[place])[-PASSES:])
+        kept.append(tuple(own[place] / most for place in largest))
+    # A short epoch comes again and again.
+    return tuple(kept[step % len(kept)] for step in range(max(len(kept), min(total, PLAYED))))
 
 
 def _weight(loader: TrainLoader, batch: Sequence[int], shape: Shape | None) -> tuple[int, int, int]:
