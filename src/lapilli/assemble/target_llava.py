@@ -24,7 +24,7 @@ from lapilli.assemble.targets import (
 )
 from lapilli.base.errors import ModelError
 from lapilli.checkpoint import llava_write
-from lapilli.checkpoint.hf_write import vision_prefix
+from lapilli.checkpoint.names import vision_prefix
 from lapilli.checkpoint.stream import copy_files
 
 if TYPE_CHECKING:

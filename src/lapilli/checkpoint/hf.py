@@ -22,6 +22,7 @@ from transformers import (
 
 from lapilli.base.errors import ModelError
 from lapilli.base.layout import ImageLayout
+from lapilli.checkpoint.names import vision_prefix
 from lapilli.model.config import LapilliConfig
 from lapilli.model.language import probe_language
 from lapilli.model.shrink import SHRINK_ERRORS, shrunken
@@ -167,8 +168,6 @@ def save_hf(model: VisionLanguageModel, folder: Path, *, shard_size: str = "5GB"
     newer versions of transformers leave that out when they write, and what follows its names (vLLM, SGLang) then finds
     no encoder.
     """
-    from lapilli.checkpoint.hf_write import vision_prefix
-
     hf: Any = to_hf(model)
     named = vision_prefix(model.config.vision_config).rstrip(".")
     if named:

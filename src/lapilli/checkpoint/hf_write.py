@@ -16,18 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from lapilli.base.errors import ModelError
 from lapilli.checkpoint import hf
-from lapilli.checkpoint.names import output_name
+from lapilli.checkpoint.names import output_name, vision_prefix
 from lapilli.model.config import LapilliConfig
 
-NAMED_VISION_MODEL = ("clip_vision_model", "siglip_vision_model")
-"""Encoders whose released names begin with `vision_model.`, which newer versions of transformers leave out."""
-
 _PROJECTOR = {"0": "linear_1", "2": "linear_2"}
-
-
-def vision_prefix(config: PreTrainedConfig) -> str:
-    """What stands before a vision encoder's canonical names in files that hold it alone."""
-    return "vision_model." if config.model_type in NAMED_VISION_MODEL else ""
 
 
 def hf_names(names: Iterable[str], config: LapilliConfig) -> dict[str, str]:

@@ -14,6 +14,8 @@ from lapilli.checkpoint.stream import Tensors
 
 VISION, PROJECTOR, LANGUAGE, NEWLINE = "vision.", "projector.", "language.", "image_newline"
 
+_NAMED_VISION_MODEL = ("clip_vision_model", "siglip_vision_model")
+"""Encoders whose released names begin with `vision_model.`, which newer versions of transformers leave out."""
 _COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids", "attn.masked_bias")
 """Tensors that old transformers saved although the configuration gives them."""
 
@@ -24,6 +26,11 @@ _LINEARS = {"linear_1": "0", "linear_2": "2"}
 
 NameOf = Callable[[str], str | None]
 """From a name on disk to the canonical one; None for what has none."""
+
+
+def vision_prefix(config: Any) -> str:
+    """What stands before a vision encoder's canonical names in files that hold it alone."""
+    return "vision_model." if config.model_type in _NAMED_VISION_MODEL else ""
 
 
 def canonical(tensors: Tensors, name_of: NameOf) -> tuple[Tensors, list[str]]:
