@@ -176,10 +176,10 @@ def test_without_a_verdict_nothing_is_answered_unless_that_is_wanted(caplog):
 
 def test_a_service_that_hangs_or_is_gone():
     with service() as server:
-        server.answer = lambda asked: time.sleep(1) or judge(asked)
+        server.answer = lambda asked: time.sleep(5) or judge(asked)
         begun = time.monotonic()
         assert ask(Moderation(server.url, seconds=0.2), "words")[0] == [(503, "moderation_unavailable")]
-        assert time.monotonic() - begun < 0.9
+        assert time.monotonic() - begun < 4
     assert ask(Moderation(server.url), "words")[0] == [(503, "moderation_unavailable")]
 
 

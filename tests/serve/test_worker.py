@@ -123,7 +123,7 @@ def test_leaving(start, models):
     begun = time.monotonic()
     growing.leave()
     assert first.last.finish == "cancelled"
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 5  # of minutes that the rest would take
     assert worker.active == 0
 
 

@@ -10,7 +10,6 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator
-from concurrent.futures import Executor
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Protocol
@@ -25,6 +24,7 @@ from lapilli.serve.models import Served
 from lapilli.serve.refusal import ApiError
 from lapilli.serve.reply import DONE, Reply, Thoughts, Tokens, event
 from lapilli.serve.request import ChatRequest
+from lapilli.serve.threads import ReadingThreads
 from lapilli.serve.worker import Event, Lost, Piece, Wanted
 
 CLIENT_GONE = 499
@@ -148,18 +148,14 @@ class Pending:
 
 
 async def complete(
-    model: Served, body: ChatRequest, request: Request, readers: Executor, fetchers: Executor, metrics: Metrics
+    model: Served, body: ChatRequest, request: Request, threads: ReadingThreads, metrics: Metrics
 ) -> Response:
-    """Answer a chat request. Raises ApiError for one that can't be answered.
-
-    Requests are read in `readers`; those whose pictures have to be fetched, which may be slow, in `fetchers`.
-    """
+    """Answer a chat request, which is read in `threads`. Raises ApiError for one that can't be answered."""
     pending = Pending(model, body.n or 1, request.scope["state"]["begun"], metrics)
     streams = False
     try:
         decodings = model.reader.decodings(body)
-        place = fetchers if model.reader.fetches(body) else readers
-        prompt = await asyncio.get_running_loop().run_in_executor(place, model.reader.read, body)
+        prompt = await threads.run(model.reader.fetches(body), model.reader.read, body)
         reply = Reply(model.name, model.vocabulary, prompt.length)
         pending.ask(prompt, decodings, request, whole=not body.stream)
         if body.stream:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from fastapi import Request
@@ -15,12 +14,8 @@ from lapilli.serve.completions import complete
 from lapilli.serve.metrics import Metrics
 from lapilli.serve.models import Served
 from lapilli.serve.request import ChatRequest
+from lapilli.serve.threads import ReadingThreads
 from lapilli.serve.worker import Event, Wanted
-
-_READERS = 4
-"""Requests whose pictures are decoded at a time."""
-_FETCHERS = 8
-"""Requests whose pictures are fetched at a time."""
 
 
 class LocalModels:
@@ -28,8 +23,7 @@ class LocalModels:
 
     def __init__(self, models: Mapping[str, Served]) -> None:
         self._models = models
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reader")
-        self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetcher")
+        self._threads = ReadingThreads()
         self._metrics = Metrics()
 
     @asynccontextmanager
@@ -37,8 +31,7 @@ class LocalModels:
         self._metrics = metrics
         async with running(self._models.values()):
             yield
-        for pool in (self._readers, self._fetchers):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
     @property
     def alive(self) -> bool:
@@ -51,7 +44,7 @@ class LocalModels:
         model = self._models.get(body.model)
         if model is None:
             raise unknown_model(body.model, self._models)
-        return await complete(model, body, request, self._readers, self._fetchers, self._metrics)
+        return await complete(model, body, request, self._threads, self._metrics)
 
     def gauges(self) -> Gauges:
         each = [({"model": m.name}, m) for m in self._models.values()]

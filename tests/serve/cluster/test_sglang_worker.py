@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import httpx
 import pytest
-from tests.serve.test_cluster import frames, post, until
+from tests.serve.cluster.test_controller_worker import frames, post, until
 from tests.support.server_process import serving
 
 PROMPT = "A chat. USER: <image>\nWhat? ASSISTANT:"

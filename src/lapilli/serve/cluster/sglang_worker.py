@@ -12,7 +12,6 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +31,7 @@ from lapilli.serve.guard import Guard
 from lapilli.serve.metrics import Metrics
 from lapilli.serve.refusal import ApiError, invalid
 from lapilli.serve.settings import Keys, Limits
+from lapilli.serve.threads import ReadingThreads
 from lapilli.serve.upstream.body import plain_picture
 from lapilli.serve.upstream.stream import broken, event_data, refusal
 
@@ -83,7 +83,7 @@ def find_model(root: str, key: str | None, name: str | None = None) -> SglangMod
 def make_sglang_app(model: SglangModel, keys: Keys, limits: Limits, registration: Registration | None) -> Guard:
     """The worker as an ASGI application. At most `limits.slots` questions are asked at a time, `limits.queue` wait."""
     turns = asyncio.Semaphore(limits.slots)
-    readers = ThreadPoolExecutor(4, thread_name_prefix="reader")
+    threads = ReadingThreads()
     client = httpx.AsyncClient(
         base_url=model.root,
         headers=model.headers,
@@ -105,7 +105,7 @@ def make_sglang_app(model: SglangModel, keys: Keys, limits: Limits, registration
                 with suppress(asyncio.CancelledError):
                     await task
             await client.aclose()
-            readers.shutdown(wait=False, cancel_futures=True)
+            threads.close()
 
     app = bare_app("lapilli worker", life, keys)
 
@@ -116,7 +116,7 @@ def make_sglang_app(model: SglangModel, keys: Keys, limits: Limits, registration
         model.taken += 1
         until = request.scope["state"]["begun"] + limits.request_seconds
         try:
-            data = await asyncio.get_running_loop().run_in_executor(readers, _written, body, limits)
+            data = await threads.run(False, _written, body, limits)
         except (LapilliError, asyncio.CancelledError) as error:
             model.taken -= 1
             if isinstance(error, asyncio.CancelledError):

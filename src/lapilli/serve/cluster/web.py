@@ -11,33 +11,31 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Literal
 
 import httpx
 from fastapi import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from lapilli.data.template import Template, get_template
 from lapilli.serve.backend import Card, Gauges, unknown_model
 from lapilli.serve.cluster.asking import Asker
 from lapilli.serve.cluster.frames import gone, no_worker
-from lapilli.serve.cluster.passage import Passage
-from lapilli.serve.completions import CLIENT_GONE, EventStream, GoneError
+from lapilli.serve.cluster.passage import Errand
+from lapilli.serve.elsewhere.passage import Passage, reply_from
+from lapilli.serve.elsewhere.traffic import Traffic
 from lapilli.serve.metrics import Metrics
 from lapilli.serve.naming import guess_template
-from lapilli.serve.refusal import ApiError, invalid
+from lapilli.serve.refusal import ApiError
 from lapilli.serve.remote import RemotePictures
 from lapilli.serve.request import ChatRequest
 from lapilli.serve.settings import Limits
-from lapilli.serve.upstream.reply import Words, lines, whole
+from lapilli.serve.threads import ReadingThreads
 
 log = logging.getLogger(__name__)
 
 ListMode = Literal["once", "reload"]
-_READERS, _FETCHERS = 4, 8
-"""Requests whose pictures are decoded, and fetched, at a time."""
 _STATUS_SECONDS = 5.0
 _REFRESH_SECONDS = 30.0
 """For the controller to ask all its workers."""
@@ -70,24 +68,21 @@ class Cluster:
         models: ListMode = "once",
         remote: RemotePictures | None = None,
     ) -> None:
-        self.limits, self.metrics = limits, Metrics()
+        self._traffic, self._metrics = Traffic(limits), Metrics()
         self._controller, self._worker = controller.rstrip("/"), worker and worker.rstrip("/")
         self._key, self._template, self._mode = key, template, models
         self._asker = Asker(limits, remote)
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reader")
-        self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetcher")
-        self._slots, self._listing = asyncio.Semaphore(limits.slots), asyncio.Lock()
+        self._threads = ReadingThreads()
+        self._listing = asyncio.Lock()
         self._names: list[str] = []
         self._since: dict[str, int] = {}
         self._templates: dict[str, tuple[Template, float]] = {}
         self._client: httpx.AsyncClient | None = None
-        self._well, self._taken, self._active, self._failures = True, 0, 0, 0
-
-    # ---- what a Backend is -----------------------------------------------------------------------------------------
+        self._well = True
 
     @asynccontextmanager
     async def life(self, metrics: Metrics) -> AsyncIterator[None]:
-        self.metrics = metrics
+        self._metrics = metrics
         headers = {"User-Agent": "LLaVA Client", "Accept-Encoding": "identity"}
         headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
         wait = httpx.Timeout(_STATUS_SECONDS, read=_SILENT_SECONDS)
@@ -100,8 +95,7 @@ class Cluster:
                 looking.cancel()
                 with suppress(asyncio.CancelledError):
                     await looking
-        for pool in (self._readers, self._fetchers):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
     @property
     def alive(self) -> bool:
@@ -115,66 +109,27 @@ class Cluster:
 
     async def complete(self, body: ChatRequest, request: Request) -> Response:
         self._asker.check(body)
-        passage = Passage(self, body.model, body.n or 1, request.scope["state"]["begun"])
-        streams = False
-        try:
+        passage = Passage(self._traffic, self._metrics, body.model, body.n or 1, request.scope["state"]["begun"])
+
+        async def ask() -> None:
             template = await self._template_of(body.model)
-            place = self._fetchers if self._asker.fetches(body) else self._readers
-            asked = await asyncio.get_running_loop().run_in_executor(place, self._asker.write, body, template)
-            self.metrics.count("lapilli_pictures_total", asked.pictures, model=body.model)
-            passage.ask(asked, (*template.stop, *body.stops), request)
-            await passage.opened()  # what is wrong at once is said by the status, streamed or not
-            words = Words(body.model)
-            if body.stream:
-                streams = True
-                return EventStream(passage, lines(passage, words, body))
-            return JSONResponse(await whole(passage, words, body))
-        except GoneError:
-            return Response(status_code=CLIENT_GONE)
-        finally:
-            if not streams:
-                passage.close()
+            asked = await self._threads.run(self._asker.fetches(body), self._asker.write, body, template)
+            self._metrics.count("lapilli_pictures_total", asked.pictures, model=body.model)
+            errand = Errand(passage, self.client, self._address, asked, (*template.stop, *body.stops))
+            passage.ask((errand.run(index) for index in range(passage.answers)), request)
+
+        return await reply_from(passage, body, ask)
 
     def gauges(self) -> Gauges:
-        return {
-            "lapilli_active": ("Answers that workers were asked for.", [({}, self._active)]),
-            "lapilli_waiting": ("Answers that wait for their turn.", [({}, max(0, self._taken - self._active))]),
-            "lapilli_slots": ("Answers that may be asked for at a time.", [({}, self.limits.slots)]),
-            "lapilli_failures": ("Answers lost by workers since the start.", [({}, self._failures)]),
-            "lapilli_up": ("Whether the controller answers.", [({}, int(self._well))]),
-        }
-
-    # ---- what a Passage needs --------------------------------------------------------------------------------------
+        return self._traffic.gauges({}, self._well)
 
     @property
     def client(self) -> httpx.AsyncClient:
+        """What asks controller and workers."""
         assert self._client is not None, "a backend answers inside its life"
         return self._client
 
-    def admit(self, answers: int) -> None:
-        """Take places for answers. Raises ApiError if there are none now, or never are."""
-        room = self.limits.slots + self.limits.queue
-        if answers > room:
-            raise invalid(f"n: {answers}; this server makes {room} answers at a time at most", "n")
-        if self._taken + answers > room:
-            raise ApiError(429, "the queue is full", code="queue_full", retry_seconds=2)
-        self._taken += answers
-
-    def release(self, answers: int) -> None:
-        """Give places back."""
-        self._taken -= answers
-
-    @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Inside, one answer may be asked for. First come, first served."""
-        async with self._slots:
-            self._active += 1
-            try:
-                yield
-            finally:
-                self._active -= 1
-
-    async def address(self, model: str) -> str:
+    async def _address(self, model: str) -> str:
         """The worker that the next question for a model goes to. Raises ApiError if there is none."""
         if self._worker is not None:
             if model in await self._models():
@@ -186,12 +141,6 @@ class Cluster:
             known = await self._models(anew=True)
             raise no_worker() if model in known else unknown_model(model, known)
         return address.rstrip("/")
-
-    def lost(self) -> None:
-        """Count an answer that failed by a worker's fault."""
-        self._failures += 1
-
-    # ---- models and their templates --------------------------------------------------------------------------------
 
     async def _models(self, *, anew: bool = False) -> list[str]:
         if self._names and self._mode == "once" and not anew:
@@ -214,7 +163,7 @@ class Cluster:
         known, until = self._templates.get(model, (None, 0.0))
         if self._template is not None or (known is not None and time.monotonic() < until):
             return self._template or known or get_template(guess_template(model))
-        address = await self.address(model)
+        address = await self._address(model)
         found = await self._told_template(model, address)
         which = f"as {address} says" if found is not None else "guessed from its name; --template names another"
         found = found or get_template(guess_template(model))

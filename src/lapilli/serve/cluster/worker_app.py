@@ -11,7 +11,6 @@ import base64
 import binascii
 import logging
 from collections.abc import AsyncIterator
-from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Protocol
 
@@ -33,12 +32,12 @@ from lapilli.serve.metrics import Metrics
 from lapilli.serve.models import Served
 from lapilli.serve.refusal import ApiError
 from lapilli.serve.settings import Keys, Limits
+from lapilli.serve.threads import ReadingThreads
 from lapilli.serve.worker import Piece
 
 log = logging.getLogger(__name__)
 
 _GREEDY_BELOW = 0.001
-_READERS = 4
 _MEDIA = "application/octet-stream"
 
 
@@ -101,7 +100,7 @@ class Registration:
 def make_worker_app(model: Served, keys: Keys, limits: Limits, registration: Registration | None) -> Guard:
     """The worker as an ASGI application; the model's thread runs while it does."""
     metrics = Metrics()
-    readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reader")
+    threads = ReadingThreads()
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -114,13 +113,13 @@ def make_worker_app(model: Served, keys: Keys, limits: Limits, registration: Reg
                     registering.cancel()
                     with suppress(asyncio.CancelledError):
                         await registering
-        readers.shutdown(wait=False, cancel_futures=True)
+        threads.close()
 
     app = bare_app("lapilli worker", life, keys)
 
     @app.post("/worker_generate_stream", response_class=StreamingResponse, responses=FRAMES)
     async def generate(body: Ask, request: Request) -> Response:
-        return await _answer(model, body, request, readers, metrics)
+        return await _answer(model, body, request, threads, metrics)
 
     @app.post("/worker_get_status")
     async def status() -> dict[str, Any]:
@@ -142,15 +141,13 @@ def status_of(model: Counted) -> dict[str, Any]:
     return said
 
 
-async def _answer(model: Served, body: Ask, request: Request, readers: Executor, metrics: Metrics) -> Response:
+async def _answer(model: Served, body: Ask, request: Request, threads: ReadingThreads, metrics: Metrics) -> Response:
     pending: Pending | None = None
     try:
         pending = Pending(model, 1, request.scope["state"]["begun"], metrics)
         decoding = _decoding(body, model.limits)
         files = files_of(body, model.limits)
-        prompt = await asyncio.get_running_loop().run_in_executor(
-            readers, model.reader.read_rendered, body.prompt, files
-        )
+        prompt = await threads.run(False, model.reader.read_rendered, body.prompt, files)
         pending.ask(prompt, [decoding], request)
         return EventStream(pending, _frames(pending, body.prompt, prompt.length), media_type=_MEDIA)
     except LapilliError as error:

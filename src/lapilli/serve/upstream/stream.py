@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lapilli.serve.elsewhere.pieces import Delta, Usage
 from lapilli.serve.refusal import ApiError
 
 _EVENT_BYTES = 4 << 20
@@ -25,25 +25,6 @@ _LONGEST = 500
 _FINISH = {"stop": "stop", "length": "length"}
 _THEIR_FAULT = (400, 413, 422)
 """Refusals that are about the request, and not about how this server asked."""
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What is new in one answer; `finish` (stop, length) comes with its last one."""
-
-    index: int
-    text: str = ""
-    thought: str = ""
-    logprobs: tuple[dict[str, Any], ...] = ()
-    finish: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens of the prompt and of all answers, as the other server counts them."""
-
-    prompt: int
-    written: int
 
 
 class _Loose(BaseModel):

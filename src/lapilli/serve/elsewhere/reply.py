@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lapilli.serve.completions import GoneError
+from lapilli.serve.elsewhere.pieces import Delta, Usage
 from lapilli.serve.refusal import ApiError
 from lapilli.serve.reply import DONE, Thoughts, event
 from lapilli.serve.request import ChatRequest
-from lapilli.serve.upstream.stream import Delta, Usage
 
 
 class Passing(Protocol):
