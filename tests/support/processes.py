@@ -7,6 +7,7 @@ became of each job beside JOBS. A job may wish that something happens to one pro
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -66,6 +67,13 @@ def start_alone(job: Job, folder: Path, rank: int, size: int, port: int) -> subp
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def free_port() -> int:
+    """A port for processes that are started alone to meet at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def _plan(jobs: Sequence[Job], folder: Path) -> Path:

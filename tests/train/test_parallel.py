@@ -4,14 +4,13 @@ import json
 import re
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support.processes import Job, run_together, start_alone
+from tests.support.processes import Job, free_port, run_together, start_alone
 from tests.support.runs import assert_learned_the_same, make_workshop, train_alone
 
 from lapilli.base.errors import LapilliError, RunError
@@ -242,9 +241,7 @@ def test_bad_records_count_for_all(workshop, together):
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_other(workshop):
     path = str(workshop / "recipe.yaml")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     job = Job(path, [*EVERY, "train.epochs=60", "data.workers=1", "out=killed"], signal=signal.SIGKILL, after=2)
     first, second = (start_alone(job, workshop, rank, 2, port) for rank in range(2))
     try:
