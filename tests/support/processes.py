@@ -58,9 +58,15 @@ def run_together(jobs: Sequence[Job], folder: Path, processes: int = 2) -> list[
     return [list(one) for one in zip(*said, strict=True)]
 
 
-def start_alone(job: Job, folder: Path, rank: int, size: int, port: int) -> subprocess.Popen[str]:
-    """Start one process of several without a launcher that would end the others."""
+def start_alone(
+    job: Job, folder: Path, rank: int, size: int, port: int, *, meet_elsewhere: bool = False
+) -> subprocess.Popen[str]:
+    """Start one process of several without a launcher that would end the others.
+
+    With `meet_elsewhere` somebody else listens at the port, as torchrun does, and stays when process 0 has ended.
+    """
     variables = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    variables |= {"TORCHELASTIC_USE_AGENT_STORE": True} if meet_elsewhere else {}
     return subprocess.Popen(
         [sys.executable, __file__, str(_plan([job], folder))],
         env=os.environ | {name: str(value) for name, value in variables.items()},
