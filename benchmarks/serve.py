@@ -6,8 +6,9 @@ Random models (`tiny` 0.4M parameters, whose time is everything but arithmetic, 
 that stream at a time; a quarter of the requests show a picture of 576 tokens. Measured for each model: the bare engine
 on the same requests in the same number of slots, before and after the server, so that what else the machine does
 meets both; `lapilli serve` in a process of its own; transformers behind the original's design (serve_rivals.py); and
-one request of one token at a time through the API and without it. Every engine has one thread (`--threads`), for the
-clients live on the same machine. fp32 and greedy everywhere. A table is printed, and DIR/serve.json written.
+one request of one token at a time through the API and without it. All of them have the same number of threads
+(`--threads`, the machine's cores unless given), and the clients live on the same machine. fp32 and greedy everywhere. A
+table is printed, and DIR/serve.json written.
 """
 
 import argparse
@@ -112,9 +113,9 @@ def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
     requests = work / "requests.jsonl"
     make_requests(requests, work / "images", make_pictures(work / "images", PICTURES))
     first = json.loads(requests.read_text().partition("\n")[0])
-    shorter = given.seconds / 8
+    shorter = given.seconds / 5
     counts = ["--slots", given.slots, "--clients", given.clients]
-    engine = ["serve_rivals.py", "engine", work / "model", requests, *counts, "--seconds", shorter / 2]
+    engine = ["serve_rivals.py", "engine", work / "model", requests, *counts, "--seconds", shorter]
     say(f"{name}: the engine alone")
     bare = [child(*engine, environment=given.environment)]
     command = [sys.executable, "-m", "lapilli.cli", "serve", f"it={work / 'model'}", "--port", "0", "--device", "cpu"]
@@ -152,7 +153,7 @@ def found(made: dict[str, Any], given: argparse.Namespace) -> dict[str, float]:
         "bare tokens per processor second": per_second,
         "API tokens per processor second of the server": api["tokens"] / api["server_processor_seconds"],
         "processors that the server keeps busy": api["server_processor_seconds"] / api["seconds"],
-        "processors that the clients keep busy": api["client_processor_seconds"] / (api["seconds"] + WARM_SECONDS),
+        "processors that the clients keep busy": api["client_processors"],
         "errors": api["errors"],
         "answers": api["answers"],
         "first text, median, s": api["first_p50"],
@@ -180,12 +181,10 @@ def ratio(one: float, other: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument(
-        "--seconds", type=float, default=300, help="of the server; the others have an eighth of it each"
-    )
+    parser.add_argument("--seconds", type=float, default=300, help="of the server; the others have a fifth of it each")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--slots", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1, help="PyTorch's, of every engine")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="PyTorch's, of everything that generates")
     parser.add_argument("--no-original", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmark-run"))
     given = parser.parse_args()

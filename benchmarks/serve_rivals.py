@@ -15,6 +15,7 @@ import base64
 import io
 import itertools
 import json
+import math
 import socket
 import statistics
 import time
@@ -73,24 +74,24 @@ def run_engine(model: Path, requests: list[dict[str, Any]], slots: int, clients:
         made["one_seconds"] = statistics.median(one() for _ in range(200))
         growing: list[Growing] = []
         tokens = answers = 0
-        began = time.monotonic() + _WARM_SECONDS
-        used = 0.0
+        warm_until, began, used, before = time.monotonic() + _WARM_SECONDS, math.inf, 0.0, 0
         while (now := time.monotonic()) < began + seconds:
-            if now < began:
-                used = time.process_time()
+            if began == math.inf and answers >= clients and now >= warm_until:
+                began, used = now, time.process_time()
+                before = tokens + sum(row.tokens for row in growing)
+                answers = 0
             while len(growing) < clients:
                 request = next(asked)
                 growing.append(add(request, request["max_tokens"]))
             scheduler.step()
-            if any(row.ended for row in growing):
-                ended = [row.answer() for row in growing if row.ended]
+            ended = [row.answer() for row in growing if row.ended]
+            if ended:
                 growing = [row for row in growing if not row.ended]
-                if time.monotonic() >= began:
-                    tokens, answers = tokens + sum(len(a.token_ids) for a in ended), answers + len(ended)
+                tokens, answers = tokens + sum(len(a.token_ids) for a in ended), answers + len(ended)
     return made | {
-        "seconds": seconds,
+        "seconds": now - began,
         "answers": answers,
-        "tokens": tokens,
+        "tokens": tokens + sum(row.tokens for row in growing) - before,
         "processor_seconds": time.process_time() - used,
     }
 

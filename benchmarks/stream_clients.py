@@ -4,14 +4,17 @@
 
 Each client keeps one connection, sends one line of the file after the other as the body of a chat request, and reads
 its server-sent events only as far as needed: when the first text came, how many tokens the usage tells, and whether
-the stream ended with `[DONE]`. What goes wrong is an error, in its own words. With `--pid` the server's processor time
-and memory are read too, in the same seconds. Prints one JSON object.
+the stream ended with `[DONE]`. What goes wrong is an error, in its own words. Counting begins once as many answers have
+ended as there are clients, for until then all of them are at the same place of their answers; of an answer that is only
+partly in the time that counts, its tokens count in that part. With `--pid` the server's processor time and memory are
+read too, in the same seconds. Prints one JSON object.
 """
 
 import argparse
 import asyncio
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -25,19 +28,43 @@ _USED = re.compile(rb'"completion_tokens": ?(\d+)')
 _TAIL = 1000
 """Bytes at the end of an answer that hold its usage and its end."""
 _SILENT_SECONDS = 120.0
+_WARM_AT_MOST_SECONDS = 300.0
 
 
 @dataclass
 class Found:
-    """What all clients have met."""
+    """What all clients have met. Times are of the monotonic clock; what counts lies between `began` and `until`."""
 
-    began: float
-    until: float
-    tokens: int = 0
+    clients: int
+    warm_until: float
+    seconds: float
+    begins: asyncio.Event
+    began: float = math.inf
+    until: float = math.inf
+    warm_answers: int = 0
+    tokens: float = 0.0
     answers: int = 0
     firsts: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+
+    def ended(self, sent: float, first: float, tokens: int) -> None:
+        """An answer has ended now."""
+        now = time.monotonic()
+        if self.began == math.inf:
+            self.warm_answers += 1
+            if self.warm_answers >= self.clients and now >= self.warm_until:
+                self.began, self.until = now, now + self.seconds
+                self.begins.set()
+            return
+        inside = min(now, self.until) - max(first, self.began)
+        if inside > 0:
+            self.tokens += tokens * inside / (now - first)
+        if now <= self.until:
+            self.answers += 1
+            self.whole.append(now - sent)
+        if self.began <= first <= self.until:
+            self.firsts.append(first - sent)
 
 
 class Client(asyncio.Protocol):
@@ -74,16 +101,12 @@ class Client(asyncio.Protocol):
             self._ended()
 
     def _ended(self) -> None:
-        used, found, now = _USED.search(self._tail), self._found, time.monotonic()
+        used, found = _USED.search(self._tail), self._found
         if used is None or b"data: [DONE]" not in self._tail:
             found.errors.append(self._tail[-300:].decode("utf-8", "replace"))
             self._transport.close()
             return
-        if now >= found.began and now <= found.until:
-            found.answers += 1
-            found.tokens += int(used[1])
-            found.firsts.append((self._first or now) - self._sent)
-            found.whole.append(now - self._sent)
+        found.ended(self._sent, self._first or self._sent, int(used[1]))
         self._ask()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -94,7 +117,7 @@ class Client(asyncio.Protocol):
 
 
 async def ask(port: int, bodies: list[bytes], clients: int, found: Found) -> None:
-    """Ask until the time is over and the last answers have come; those count that end in the time of `found`."""
+    """Ask until the time is over and the last answers have come."""
     loop = asyncio.get_running_loop()
     requests = itertools.cycle([_head(port, body) + body for body in bodies])
     overs = []
@@ -102,13 +125,15 @@ async def ask(port: int, bodies: list[bytes], clients: int, found: Found) -> Non
         over = loop.create_future()
         overs.append(over)
         await loop.create_connection(lambda over=over: Client(found, requests, over), "127.0.0.1", port)
+    async with asyncio.timeout(_WARM_AT_MOST_SECONDS):
+        await found.begins.wait()
     _, late = await asyncio.wait(overs, timeout=found.until - time.monotonic() + _SILENT_SECONDS)
     found.errors += [f"no end of an answer in {_SILENT_SECONDS:g} s"] * len(late)
 
 
 async def watch(pid: int, found: Found) -> dict[str, float | list[int]]:
     """Processor seconds of a process in the time that counts, and its memory in bytes once a second."""
-    await asyncio.sleep(found.began - time.monotonic())
+    await found.begins.wait()
     before, memory = processor_seconds(pid), [resident_bytes(pid)]
     while (left := found.until - time.monotonic()) > 0:
         await asyncio.sleep(min(1.0, left))
@@ -117,14 +142,24 @@ async def watch(pid: int, found: Found) -> dict[str, float | list[int]]:
 
 
 def processor_seconds(pid: int) -> float:
-    """What a process has used of the processors, in its own code and in the system's."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """What a process and those that it started have used of the processors, in their own code and in the system's."""
+    ticks = 0
+    for one in family(pid):
+        fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def resident_bytes(pid: int) -> int:
-    """The memory that a process holds."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """The memory that a process and those that it started hold."""
+    pages = sum(int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in family(pid))
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def family(pid: int) -> list[int]:
+    """A process, those that it started, and so on."""
+    started = [int(one) for file in Path(f"/proc/{pid}/task").glob("*/children") for one in file.read_text().split()]
+    return [pid, *(one for child in started for one in family(child))]
 
 
 def _head(port: int, body: bytes) -> bytes:
@@ -144,11 +179,11 @@ async def run(
     port: int, bodies: list[bytes], clients: int, warm_seconds: float, seconds: float, pid: int | None
 ) -> dict:
     """All that is found, as it is printed."""
-    began = time.monotonic() + warm_seconds
-    found = Found(began, began + seconds)
+    started = time.monotonic()
+    found = Found(clients, time.monotonic() + warm_seconds, seconds, asyncio.Event())
     watching = asyncio.create_task(watch(pid, found)) if pid else None
     await ask(port, bodies, clients, found)
-    used = resource.getrusage(resource.RUSAGE_SELF)
+    used, lasted = resource.getrusage(resource.RUSAGE_SELF), time.monotonic() - started
     return {
         "seconds": seconds,
         "answers": found.answers,
@@ -156,7 +191,7 @@ async def run(
         "first_p50": quantile(found.firsts, 0.5),
         "first_p95": quantile(found.firsts, 0.95),
         "whole_p50": quantile(found.whole, 0.5),
-        "client_processor_seconds": used.ru_utime + used.ru_stime,
+        "client_processors": (used.ru_utime + used.ru_stime) / lasted,
         "errors": len(found.errors),
         "first_errors": found.errors[:5],
     } | (await watching if watching else {})

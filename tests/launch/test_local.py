@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.support.proc import children
 from tests.train.test_parallel import assert_learned_the_same
 from typer.testing import CliRunner
 
@@ -77,10 +78,9 @@ def _start(recipe, out, log, *more) -> subprocess.Popen[bytes]:
 
 def _worker(launcher: int, rank: int) -> int:
     """The number of the process of that rank among a launcher's children."""
-    for task in Path(f"/proc/{launcher}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-                return int(child)
+    for child in children(launcher):
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return child
     raise AssertionError(f"no process of rank {rank}")
 
 

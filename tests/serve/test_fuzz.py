@@ -17,8 +17,8 @@ from tests.support.malformed import (
     data_urls,
     encoded,
     good_pictures,
-    resident,
 )
+from tests.support.proc import resident
 from tests.support.server_process import serving
 
 from lapilli.generate.processor import Processor

@@ -3,14 +3,14 @@
 import asyncio
 import json
 import logging
-import threading
 import time
 from contextlib import asynccontextmanager, contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import openai
 import pytest
 from starlette.responses import Response
+from tests.support.loopback import loopback
 from tests.support.server_process import serving
 
 from lapilli.base.errors import RunError
@@ -48,17 +48,9 @@ def judge(asked):
 
 @contextmanager
 def service():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads, server.asked, server.answer = True, [], judge
-    server.url = f"http://127.0.0.1:{server.server_address[1]}/v1/moderations"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with loopback(Handler, asked=[], answer=judge) as server:
+        server.url = f"{server.root}/v1/moderations"
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 class Model:

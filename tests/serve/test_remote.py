@@ -8,9 +8,10 @@ import ipaddress
 import threading
 import time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
+from tests.support.loopback import loopback
 
 from lapilli.generate.engine import Engine
 from lapilli.generate.processor import Processor
@@ -56,19 +57,9 @@ def drip(handler):
 
 @contextmanager
 def listening(host, **replies):
-    server = ThreadingHTTPServer((host, 0), Handler)
-    server.daemon_threads = True
-    server.asked, server.replies = [], {f"/{name}": made for name, made in replies.items()}
-    server.port = server.server_address[1]
-    server.url = f"http://{host}:{server.port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with loopback(Handler, host, asked=[], replies={f"/{name}": made for name, made in replies.items()}) as server:
+        server.port, server.url = server.server_address[1], server.root
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def remote(*servers, **more):

@@ -16,8 +16,8 @@ from tests.support.malformed import (
     chat_body,
     data_urls,
     good_pictures,
-    resident,
 )
+from tests.support.proc import resident
 from tests.support.server_process import serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(3600)]

@@ -55,7 +55,7 @@ def start():
 def ask(worker, prompt, whole=False, **decoding):
     heard = Heard()
     wanted = Wanted(prompt, Decoding(**decoding), heard.take, whole)
-    worker.want(wanted)
+    worker.want([wanted])
     return wanted, heard
 
 

@@ -8,7 +8,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from tests.support.loopback import loopback
 
 
 @dataclass
@@ -59,17 +61,9 @@ def serving(files: dict[str, File]) -> Iterator[Server]:
             server.requests.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
             _answer(self, server.files.get(self.path))
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    server.url = f"http://127.0.0.1:{http.server_address[1]}"
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with loopback(Handler) as http:
+        server.url = http.root
         yield server
-    finally:
-        http.shutdown()
-        http.server_close()
-        thread.join()
 
 
 def _answer(handler: BaseHTTPRequestHandler, file: File | None) -> None:

@@ -14,7 +14,6 @@ import struct
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -38,12 +37,6 @@ CHECKS = [
     response_schema_conformance,
     negative_data_rejection,
 ]
-
-
-def resident(pid: int) -> int:
-    """Bytes of memory that a process holds now."""
-    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS:")]
-    return int(line.split()[1]) << 10
 
 
 def ask_by_description(

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.support.runs import make_workshop
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from lapilli.assemble.build import BuildOptions, build
@@ -118,3 +119,12 @@ run: {{precision: fp32, device: cpu, deterministic: true, threads: 1}}
         return str(tmp_path / name)
 
     return write
+
+
+@pytest.fixture(scope="module")
+def workshop(base, tmp_path_factory):
+    """A folder with conversations, text and pictures by turns, and a recipe; tests run in it."""
+    folder = make_workshop(tmp_path_factory.mktemp("workshop"), base)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder

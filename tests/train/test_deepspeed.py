@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.support.processes import Job, Watcher, run_together, start_alone
-from tests.support.runs import assert_learned_the_same, make_workshop, train_alone
+from tests.support.runs import assert_learned_the_same, train_alone
 from torch.distributed import TCPStore
 
 from lapilli.train.metrics import read_metrics
@@ -62,20 +62,17 @@ def job(path, zero, *more, out, **how):
 
 
 @pytest.fixture(scope="module")
-def workshop(base, tmp_path_factory):
-    folder = make_workshop(tmp_path_factory.mktemp("deepspeed"), base)
+def workshop(workshop):
     for file in ORIGINALS.glob("*.json"):
-        shutil.copy(file, folder)
+        shutil.copy(file, workshop)
     small = json.loads((ORIGINALS / "zero3.json").read_text())
     # Several buckets, several groups of the optimiser's, no weight that stays whole, and DeepSpeed's own checks.
     small["zero_optimization"] |= {
         "reduce_bucket_size": 20_000, "sub_group_size": 30_000, "stage3_param_persistence_threshold": 0,
         "stage3_max_live_parameters": 10_000, "stage3_max_reuse_distance": 10_000, "enable_sanity_checks": True,
     }  # fmt: skip
-    (folder / "small.json").write_text(json.dumps(small))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        yield folder
+    (workshop / "small.json").write_text(json.dumps(small))
+    return workshop
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.support.parts import make_language, make_vision
 from tests.support.processes import Job, Watcher, run_together
-from tests.support.runs import assert_learned_the_same, make_workshop, train_alone
+from tests.support.runs import assert_learned_the_same, train_alone
 
 from lapilli.assemble.build import BuildOptions, build
 from lapilli.base.errors import RunError
@@ -109,15 +109,12 @@ def test_what_can_not_be_split_is_named(tiny_model):
 
 
 @pytest.fixture(scope="module")
-def workshop(base, tmp_path_factory):
-    folder = make_workshop(tmp_path_factory.mktemp("fsdp"), base)
-    vision = make_vision("clip", folder / "clip")
+def workshop(workshop):
+    vision = make_vision("clip", workshop / "clip")
     for name in ("qwen2", "mpt"):
-        language = make_language(name, folder / f"{name}-alone")
-        build(BuildOptions(str(vision), str(language), dtype="float32"), folder / name)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        yield folder
+        language = make_language(name, workshop / f"{name}-alone")
+        build(BuildOptions(str(vision), str(language), dtype="float32"), workshop / name)
+    return workshop
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.support.processes import Job, free_port, run_together, start_alone
-from tests.support.runs import assert_learned_the_same, make_workshop, train_alone
+from tests.support.runs import assert_learned_the_same, train_alone
 
 from lapilli.base.errors import LapilliError, RunError
 from lapilli.data.pack import plan_step
@@ -110,15 +110,6 @@ EVERY = [
     "train.optimizer=sgd", "train.learning_rate=0.05", "train.validate_every=2", "train.save_every=2",
     "train.keep_checkpoints=9", "data.validation=held-out.json", "train.lora=null",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def workshop(base, tmp_path_factory):
-    """A folder with conversations, text and pictures by turns, and a recipe."""
-    folder = make_workshop(tmp_path_factory.mktemp("parallel"), base)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.support.processes import Job, Watcher, run_together
-from tests.support.runs import assert_learned_the_same, make_workshop, train_alone
+from tests.support.runs import assert_learned_the_same, train_alone
 
 from lapilli.base.interrupt import StopWish
 from lapilli.recipe.load import load_recipe
@@ -56,14 +56,6 @@ def test_a_stop_in_a_validation_leaves_it_to_the_run_that_goes_on(recipe_file, t
     for name in ("adapter_model.safetensors", "projector.safetensors"):
         a, b = (load_file(one / "model" / name) for one in (whole, folder))
         assert all(torch.equal(a[key], b[key]) for key in a)
-
-
-@pytest.fixture(scope="module")
-def workshop(base, tmp_path_factory):
-    folder = make_workshop(tmp_path_factory.mktemp("stop"), base)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        yield folder
 
 
 @pytest.fixture(scope="module")

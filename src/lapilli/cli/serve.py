@@ -9,7 +9,23 @@ from typer.core import TyperGroup
 from lapilli.base.errors import RunError
 from lapilli.cli.held import held
 from lapilli.cli.serve_cluster import ask, register, web
-from lapilli.cli.serving import device_of, import_server, make_page, say, start_log, tell, without_effect
+from lapilli.cli.serve_flags import (
+    Device,
+    Examples,
+    Host,
+    Images,
+    ImageUrls,
+    KeyFile,
+    LogBytes,
+    LogDir,
+    ModerationUrl,
+    NewTokens,
+    NoPage,
+    Port,
+    RequestSeconds,
+    RequestsPerMinute,
+)
+from lapilli.cli.serving import device_of, import_server, make_page, say, tell, without_effect
 
 _API = "models"
 
@@ -37,16 +53,12 @@ def serve(
             metavar="MODEL...", help="Model folders, run folders, or adapter folders with --base; NAME=PATH names one."
         ),
     ],
-    host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    api_key_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Keys that may ask, one a line; or LAPILLI_API_KEY.")
-    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key_file: KeyFile = None,
     base: Annotated[str | None, typer.Option(help="Model that adapters were trained on.", metavar="DIR")] = None,
     template: Annotated[str | None, typer.Option(help="Conversation template instead of the models' own.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one.")] = "auto",
+    device: Device = "auto",
     load_8bit: Annotated[
         bool, typer.Option("--load-8bit", help="Hold the language model's layers in 8 bits (bitsandbytes).")
     ] = False,
@@ -79,32 +91,20 @@ def serve(
         int | None, typer.Option(min=1, help="Answers that grow at a time. Default: 16 of a model, 256 of an engine.")
     ] = None,
     queue: Annotated[int, typer.Option(min=1, help="Answers of one model that may wait; beyond them 429.")] = 64,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for.")] = 2048,
-    images: Annotated[int, typer.Option(min=1, help="Pictures in one request.")] = 16,
+    new_tokens: NewTokens = 2048,
+    images: Images = 16,
     image_bytes: Annotated[int, typer.Option(min=1, help="Largest picture, as a file.")] = 20_000_000,
     image_pixels: Annotated[int, typer.Option(min=1, help="Largest picture, width times height.")] = 50_000_000,
-    allow_image_urls: Annotated[
-        bool, typer.Option("--allow-image-urls", help="Fetch pictures given by their address on the public network.")
-    ] = False,
+    allow_image_urls: ImageUrls = False,
     body_bytes: Annotated[int, typer.Option(min=1, help="Largest request.")] = 32 << 20,
-    request_seconds: Annotated[float, typer.Option(min=0.1, help="Longest time for one request.")] = 600.0,
+    request_seconds: RequestSeconds = 600.0,
     drain_seconds: Annotated[float, typer.Option(min=1, help="Time for answers to end when asked to stop.")] = 60.0,
-    requests_per_minute: Annotated[
-        int | None, typer.Option(min=1, help="Of one key (of one address without keys). Default: no limit.")
-    ] = None,
-    no_page: Annotated[bool, typer.Option("--no-page", help="Serve the API alone, without the web page.")] = False,
-    examples: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="What the page offers: a JSON or YAML list of text and images."),
-    ] = None,
-    log_dir: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Keep what is said on the page there, with pictures and votes.")
-    ] = None,
-    log_bytes: Annotated[int, typer.Option(min=1, help="Most that the folder of --log-dir may hold.")] = 10 << 30,
-    moderation_url: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="An OpenAI-like /v1/moderations to ask first (key: LAPILLI_MODERATION_KEY)."),
-    ] = None,
+    requests_per_minute: RequestsPerMinute = None,
+    no_page: NoPage = False,
+    examples: Examples = None,
+    log_dir: LogDir = None,
+    log_bytes: LogBytes = 10 << 30,
+    moderation_url: ModerationUrl = None,
     moderation_images: Annotated[bool, typer.Option("--moderation-images", help="About pictures too.")] = False,
     moderation_optional: Annotated[
         bool, typer.Option("--moderation-optional", help="Answer all the same where it can't be asked.")
@@ -132,6 +132,7 @@ def serve(
     serving = import_server()
     bound = serving.bind(host, port)  # before the wait for models
 
+    from lapilli.serve.logs import start_log
     from lapilli.serve.moderation import moderating
     from lapilli.serve.remote import RemotePictures
 
@@ -165,27 +166,23 @@ def serve(
             serving.serve(checked(backend), keys, limits, bound, tell(", ".join(backend.names), page), page)
         return
 
+    from lapilli.serve.apart.link import open_apart
     from lapilli.serve.local import LocalModels
-    from lapilli.serve.models import name_models, open_models
+    from lapilli.serve.models import name_models
 
     named = name_models(models)
     device = device_of(device)
     how: dict[str, Any] = {"base": base, "device": device, "template": template, "quantise": bits, "gpus": num_gpus}
-    opened = open_models(named, limits, remote=remote, **how)
-    names = ", ".join(opened)
-    serving.serve(checked(LocalModels(opened)), keys, limits, bound, tell(names, page), page)
+    with open_apart(named, limits, remote=remote, **how) as opened:
+        serving.serve(checked(LocalModels(opened)), keys, limits, bound, tell(", ".join(opened), page), page)
 
 
 @app.command()
 def controller(
-    host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 21001,
+    host: Host = "127.0.0.1",
+    port: Port = 21001,
     dispatch_method: Annotated[str, typer.Option(help="shortest_queue or lottery.")] = "shortest_queue",
-    api_key_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Keys that may ask, one a line; or LAPILLI_API_KEY.")
-    ] = None,
+    api_key_file: KeyFile = None,
 ) -> None:
     """LLaVA's controller: knows the workers, and says which one a question goes to."""
     from lapilli.serve.settings import Limits, check_address, own_key, read_keys
@@ -199,6 +196,7 @@ def controller(
 
     from lapilli.serve.cluster.controller import Controller
     from lapilli.serve.cluster.controller_app import make_controller_app
+    from lapilli.serve.logs import start_log
 
     start_log()
     table = Controller(dispatch_method, own_key(), anywhere=bool(keys))
@@ -216,10 +214,8 @@ def worker(
     ] = None,
     model_base: Annotated[str | None, typer.Option(metavar="DIR", help="Model that adapters were trained on.")] = None,
     model_name: Annotated[str | None, typer.Option(help="What it is called; its folder's name if not given.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 21002,
+    host: Host = "127.0.0.1",
+    port: Port = 21002,
     worker_address: Annotated[
         str | None, typer.Option("--worker-address", "--worker", metavar="URL", help="How the controller reaches it.")
     ] = None,
@@ -227,10 +223,8 @@ def worker(
         str, typer.Option("--controller-address", "--controller", "--controller-url", metavar="URL")
     ] = "http://127.0.0.1:21001",
     no_register: Annotated[bool, typer.Option("--no-register", help="Tell no controller.")] = False,
-    api_key_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Keys that may ask, one a line; or LAPILLI_API_KEY.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one.")] = "auto",
+    api_key_file: KeyFile = None,
+    device: Device = "auto",
     limit_model_concurrency: Annotated[int, typer.Option(min=1, help="Answers that grow at a time.")] = 16,
     load_8bit: Annotated[bool, typer.Option("--load-8bit", help="Hold the language model in 8 bits.")] = False,
     load_4bit: Annotated[bool, typer.Option("--load-4bit", help="Hold it in 4 bits, NF4.")] = False,
@@ -254,6 +248,7 @@ def worker(
     bound = serving.bind(host, port)
 
     from lapilli.serve.cluster.worker_app import Registration, make_worker_app
+    from lapilli.serve.logs import start_log
 
     limits = Limits(slots=limit_model_concurrency)
     start_log()
@@ -268,13 +263,15 @@ def worker(
         serving.serve_app(app, bound, limits.drain_seconds, lambda: say(f"{name}, worker at {address}"))
         return
 
-    from lapilli.serve.models import name_models, open_models
+    from lapilli.serve.apart.link import open_apart
+    from lapilli.serve.models import name_models
 
     named = name_models([f"{model_name}={model_path}" if model_name else str(model_path)])
     how: dict[str, Any] = {"base": model_base, "device": device_of(device), "quantise": bits, "gpus": num_gpus}
-    (model,) = open_models(named, limits, **how).values()
-    app = make_worker_app(model, keys, limits, registration)
-    serving.serve_app(app, bound, limits.drain_seconds, lambda: say(f"{model.name}, worker at {address}"))
+    with open_apart(named, limits, **how) as opened:
+        (model,) = opened.values()
+        app = make_worker_app(model, keys, limits, registration)
+        serving.serve_app(app, bound, limits.drain_seconds, lambda: say(f"{model.name}, worker at {address}"))
 
 
 def _refuse_without_ray(given: Mapping[str, object]) -> None:

@@ -5,7 +5,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lapilli.base.errors import RunError, unknown
-from lapilli.cli.serving import import_server, make_page, say, start_log, tell, without_effect
+from lapilli.cli.serve_flags import (
+    Examples,
+    Host,
+    Images,
+    ImageUrls,
+    KeyFile,
+    LogBytes,
+    LogDir,
+    ModerationUrl,
+    NewTokens,
+    NoPage,
+    Port,
+    RequestSeconds,
+    RequestsPerMinute,
+)
+from lapilli.cli.serving import import_server, make_page, say, tell, without_effect
 
 if TYPE_CHECKING:
     from lapilli.serve.cluster.web import Cluster
@@ -17,7 +32,6 @@ Worker = Annotated[
     str | None,
     typer.Option("--worker", "--worker-address", metavar="URL", help="Ask this worker; no controller is needed."),
 ]
-Keys = Annotated[str | None, typer.Option(metavar="FILE", help="Keys that may ask, one a line; or LAPILLI_API_KEY.")]
 _CONTROLLER = "http://127.0.0.1:21001"
 _OPENAI_MODERATION = "https://api.openai.com/v1/moderations"
 _NO_TUNNEL = (
@@ -29,38 +43,25 @@ _NO_TUNNEL = (
 def web(
     controller: Controller = _CONTROLLER,
     worker: Worker = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
-    api_key_file: Keys = None,
+    host: Host = "127.0.0.1",
+    port: Port = 7860,
+    api_key_file: KeyFile = None,
     template: Annotated[
         str | None, typer.Option(help="Of all models. Default: what a worker says, else by the model's name.")
     ] = None,
     model_list_mode: Annotated[str, typer.Option(help="Ask for the models once, or reload: for each page.")] = "once",
     concurrency_count: Annotated[int, typer.Option(min=1, help="Answers that are asked for at a time.")] = 256,
     queue: Annotated[int, typer.Option(min=1, help="Answers that may wait for that; beyond them 429.")] = 64,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for.")] = 1536,
-    images: Annotated[int, typer.Option(min=1, help="Pictures in one request.")] = 16,
-    allow_image_urls: Annotated[
-        bool, typer.Option("--allow-image-urls", help="Fetch pictures given by their address on the public network.")
-    ] = False,
-    request_seconds: Annotated[float, typer.Option(min=0.1, help="Longest time for one request.")] = 600.0,
-    requests_per_minute: Annotated[
-        int | None, typer.Option(min=1, help="Of one key (of one address without keys). Default: no limit.")
-    ] = None,
-    no_page: Annotated[bool, typer.Option("--no-page", help="Serve the API alone, without the web page.")] = False,
-    examples: Annotated[
-        str | None, typer.Option(metavar="FILE", help="What the page offers: a JSON or YAML list of text and images.")
-    ] = None,
-    log_dir: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Keep what is said on the page there, with pictures and votes.")
-    ] = None,
-    log_bytes: Annotated[int, typer.Option(min=1, help="Most that the folder of --log-dir may hold.")] = 10 << 30,
-    moderation_url: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="An OpenAI-like /v1/moderations to ask first (key: LAPILLI_MODERATION_KEY)."),
-    ] = None,
+    new_tokens: NewTokens = 1536,
+    images: Images = 16,
+    allow_image_urls: ImageUrls = False,
+    request_seconds: RequestSeconds = 600.0,
+    requests_per_minute: RequestsPerMinute = None,
+    no_page: NoPage = False,
+    examples: Examples = None,
+    log_dir: LogDir = None,
+    log_bytes: LogBytes = 10 << 30,
+    moderation_url: ModerationUrl = None,
     moderate: Annotated[
         bool, typer.Option("--moderate", help="Ask OpenAI's; its key may be in OPENAI_API_KEY, too.")
     ] = False,
@@ -86,6 +87,7 @@ def web(
     serving = import_server()
     bound = serving.bind(host, port)
 
+    from lapilli.serve.logs import start_log
     from lapilli.serve.remote import RemotePictures
 
     page = None if no_page else make_page(limits, examples, log_dir, log_bytes)

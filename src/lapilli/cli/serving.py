@@ -24,16 +24,6 @@ def without_effect(flags: Mapping[str, object]) -> None:
             say(f"{flag} is taken from old command lines and has no effect")
 
 
-def start_log() -> None:
-    """Log to standard error: what happens here, and warnings of others."""
-    import logging
-    import warnings
-
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # of users' pictures; what can't be seen is refused anyway
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("lapilli").setLevel(logging.INFO)
-
-
 def device_of(name: str) -> str:
     """A device by name; `auto` is a GPU where there is one."""
     import torch

@@ -39,6 +39,11 @@ class Growing:
         return self.finish is not None
 
     @property
+    def tokens(self) -> int:
+        """How many there are so far."""
+        return len(self._ids)
+
+    @property
     def logprobs(self) -> Sequence[TokenLogprob]:
         """One for each token so far, if they were asked for."""
         return self._logprobs

@@ -57,11 +57,9 @@ class Pending:
         name = self._model.name
         self._metrics.count("lapilli_prompt_tokens_total", prompt.length, model=name)
         self._metrics.count("lapilli_pictures_total", len(prompt.tiles), model=name)
-        for index, decoding in enumerate(decodings):
-            wanted = Wanted(prompt, decoding, partial(self._take, index), whole)
-            self._wanted.append(wanted)
-            self._growing += 1
-            self._model.worker.want(wanted)
+        self._wanted = [Wanted(prompt, one, partial(self._take, i), whole) for i, one in enumerate(decodings)]
+        self._growing = len(self._wanted)
+        self._model.worker.want(self._wanted)
         self._watch = asyncio.create_task(self._until_gone(request))
         left = self._begun + self._model.limits.request_seconds - time.monotonic()
         self._clock = asyncio.get_running_loop().call_later(max(0.0, left), self._over)

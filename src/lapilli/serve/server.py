@@ -19,10 +19,7 @@ from lapilli.serve.backend import Backend
 from lapilli.serve.connection import bounded
 from lapilli.serve.page.routes import Page
 from lapilli.serve.settings import Keys, Limits
-
-_SWITCH_SECONDS = 1e-4
-"""How long a thread may keep the interpreter while another wants it. Engine and event loop hand it to each other many
-times a step, and with Python's 5 ms each waits for the other: 64 streams of a tiny model got a seventh less text."""
+from lapilli.serve.threads import SWITCH_SECONDS
 
 
 class _Server(uvicorn.Server):
@@ -92,6 +89,6 @@ def serve_app(
         timeout_keep_alive=30,
         timeout_graceful_shutdown=max(1, round(drain_seconds)),
     )
-    sys.setswitchinterval(_SWITCH_SECONDS)
+    sys.setswitchinterval(SWITCH_SECONDS)
     with StopWish():  # uvicorn raises the signal again when it has stopped
         _Server(config, ready).run(sockets=[bound])

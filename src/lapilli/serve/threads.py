@@ -9,6 +9,8 @@ from typing import TypeVar
 
 Made = TypeVar("Made")
 
+SWITCH_SECONDS = 1e-4
+"""How long a thread may keep the interpreter while another wants it: Python's 5 ms are more than a request takes."""
 _READERS = 4
 """Requests whose pictures are decoded at a time."""
 _FETCHERS = 8

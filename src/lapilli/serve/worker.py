@@ -125,7 +125,7 @@ class Worker:
     engine: Engine
     slots: int
     failures: int = 0
-    _inbox: queue.SimpleQueue[Wanted | None] = field(default_factory=queue.SimpleQueue)
+    _inbox: queue.SimpleQueue[Sequence[Wanted] | None] = field(default_factory=queue.SimpleQueue)
     _growing: list[Wanted] = field(default_factory=list)
     _made: list[tuple[Wanted, Event]] = field(default_factory=list)
     _steps: _Steps | None = None
@@ -150,8 +150,8 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name=f"engine {self.name}", daemon=True)
         self._thread.start()
 
-    def want(self, wanted: Wanted) -> None:
-        """Let an answer wait for its turn."""
+    def want(self, wanted: Sequence[Wanted]) -> None:
+        """Let answers to one prompt wait for their turn."""
         self._inbox.put(wanted)
 
     def stop(self, wait_seconds: float = 10.0) -> None:
@@ -188,17 +188,18 @@ class Worker:
         """Take what has arrived, waiting for it where nothing grows; False once the thread is to end."""
         while True:
             try:
-                wanted = self._inbox.get(block=not self._growing)
+                arrived = self._inbox.get(block=not self._growing)
             except queue.Empty:
                 return True
-            if wanted is None:
+            if arrived is None:
                 return False
-            self._growing.append(wanted)
-            wanted.row = self.engine.growing(
-                wanted.prompt, wanted.decoding, partial(self._say, wanted), partial(self._over, wanted)
-            )
-            assert self._steps is not None
-            self._steps.add(wanted.row, wanted.prompt)
+            self._growing += arrived
+            for wanted in arrived:
+                wanted.row = self.engine.growing(
+                    wanted.prompt, wanted.decoding, partial(self._say, wanted), partial(self._over, wanted)
+                )
+                assert self._steps is not None
+                self._steps.add(wanted.row, wanted.prompt)
 
     def _turn(self) -> None:
         assert self._steps is not None
@@ -255,8 +256,7 @@ class Worker:
 
     def _take_all(self) -> None:
         while not self._inbox.empty():
-            wanted = self._inbox.get()
-            self._growing += [wanted] if wanted is not None else []
+            self._growing += self._inbox.get() or []
 
     def _lose(self) -> None:
         self.failures += len(self._growing)

@@ -4,12 +4,13 @@ import base64
 import json
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import ClassVar
 
 import httpx
 import pytest
 from tests.serve.cluster.test_controller_worker import frames, post, until
+from tests.support.loopback import loopback
 from tests.support.server_process import serving
 
 PROMPT = "A chat. USER: <image>\nWhat? ASSISTANT:"
@@ -74,14 +75,8 @@ class Sglang(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def sglang():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Sglang)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with loopback(Sglang) as server:
+        yield server.root
 
 
 @pytest.mark.slow

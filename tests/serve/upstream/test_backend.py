@@ -12,7 +12,7 @@ import json
 import socket
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import ClassVar
 
 import httpx
@@ -22,6 +22,7 @@ import pytest
 from openai import OpenAI
 from tests.serve.conftest import KEY
 from tests.serve.test_api import ASK, image, text
+from tests.support.loopback import loopback
 from tests.support.server_process import serving
 
 from lapilli.base.errors import RunError
@@ -139,14 +140,8 @@ def chunk(words, index=0, finish_reason=None):
 
 @pytest.fixture(scope="module")
 def rogue():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with loopback(Misbehaving) as server:
+        yield server.root
 
 
 @pytest.fixture(scope="module")

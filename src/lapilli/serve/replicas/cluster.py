@@ -25,12 +25,10 @@ from typing import Any
 from lapilli.assemble.source import model_folder
 from lapilli.base.errors import LapilliError, ModelError, RunError
 from lapilli.data.prepare.engine import refuse_silence
-from lapilli.generate.text import Vocabulary
 from lapilli.serve.backend import Gauges
 from lapilli.serve.local import LocalModels
 from lapilli.serve.metrics import Metrics
 from lapilli.serve.models import Served
-from lapilli.serve.reading import Reader
 from lapilli.serve.remote import RemotePictures
 from lapilli.serve.settings import Limits
 
@@ -161,11 +159,9 @@ def _backend(
     workers: dict[str, Replicas] = {}
     for i, name in enumerate(named):
         of = slice(i * replicas, (i + 1) * replicas)
-        fact = facts[of][0]
-        workers[name] = Replicas(name, handles[of], fact)
-        reader = Reader(fact.room, fact.processor, together, remote)
-        vocabulary = Vocabulary(fact.processor.tokenizer)
-        models[name] = Served(name, workers[name], reader, vocabulary, together, fact.template)
+        opened = facts[of][0]
+        workers[name] = Replicas(name, handles[of], opened.takes)
+        models[name] = opened.facts.served(name, workers[name], together, remote)
     return RayModels(models, workers)
 
 

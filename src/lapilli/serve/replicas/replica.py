@@ -12,37 +12,28 @@ import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
-
 from lapilli.base.errors import LapilliError
-from lapilli.data.template import Template
 from lapilli.generate.decoding import Decoding
-from lapilli.generate.engine import Room
-from lapilli.generate.processor import Processor, Prompt
 from lapilli.serve.local import running
 from lapilli.serve.models import Served, open_models
+from lapilli.serve.passing import Facts, Numbered, Packed
 from lapilli.serve.settings import Limits
-from lapilli.serve.worker import Event, Piece, Wanted, Worker
+from lapilli.serve.worker import Event, Piece, Wanted
 
 log = logging.getLogger(__name__)
 
-Numbered = tuple[int, Event]
-
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """What a server has to know of a model to check its requests and to write its replies."""
+class Opened:
+    """What a replica says of the model that it holds."""
 
-    processor: Processor
-    room: Room
-    template: Template | None
+    facts: Facts
     takes: int
-    """Answers that a replica is given at a time."""
+    """Answers that it is given at a time."""
     where: str
     """The machine's name."""
     seconds: float
@@ -53,19 +44,9 @@ class Facts:
 class Asked:
     """Answers to one prompt, on their way to a replica: each with its number, and whether only its end is told."""
 
-    prompt: Prompt
-    tiles: tuple[np.ndarray, ...]
-    """The prompt's, as arrays: these travel without being copied."""
+    packed: Packed
+    """Its arrays travel without being copied; Ray's object store is free of them once the call has returned."""
     answers: tuple[tuple[int, Decoding, bool], ...]
-
-    @classmethod
-    def of(cls, prompt: Prompt, answers: Sequence[tuple[int, Decoding, bool]]) -> Asked:
-        return cls(replace(prompt, tiles=()), tuple(t.numpy() for t in prompt.tiles), tuple(answers))
-
-    def copied(self) -> Prompt:
-        """The prompt, in memory of this process: Ray's object store is free of it once the call has returned."""
-        tiles = tuple(torch.from_numpy(array.copy()) for array in self.tiles)
-        return replace(self.prompt, tiles=tiles, input_ids=self.prompt.input_ids.copy())
 
 
 class Replica:
@@ -85,24 +66,24 @@ class Replica:
         self._life = AsyncExitStack()
         self._opening = asyncio.Lock()
         self._model: Served | None = None
-        self._facts: Facts | None = None
+        self._opened: Opened | None = None
         self._server = ""
         self._made: asyncio.Queue[Numbered] = asyncio.Queue()
         self._wanted: dict[int, Wanted] = {}
         self._watch: asyncio.Task[None] | None = None
 
-    async def open(self) -> Facts:
+    async def open(self) -> Opened:
         """Load the model, the first time. Raises ModelError naming what is wrong with it."""
         async with self._opening:
-            if self._facts is None:
+            if self._opened is None:
                 begun = time.monotonic()
                 (self._model,) = (await asyncio.to_thread(self._load)).values()
                 await self._life.enter_async_context(running([self._model]))
-                self._facts = self._known(self._model, time.monotonic() - begun)
+                self._opened = self._known(self._model, time.monotonic() - begun)
                 self._heard = time.monotonic()
                 if self._patience is not None:
                     self._watch = asyncio.create_task(self._until_silent(self._patience))
-            return self._facts
+            return self._opened
 
     async def events(self, server: str) -> AsyncIterator[list[Numbered]]:
         """All that is made for `server` from now on; first an empty list. What others have asked for is dropped."""
@@ -124,11 +105,13 @@ class Replica:
         if self._model is None or server != self._server:
             return False
         for one in asked:
-            prompt = one.copied()
-            for number, decoding, whole in one.answers:
-                wanted = Wanted(prompt, decoding, partial(self._tell, self._made, number), whole)
-                self._wanted[number] = wanted
-                self._model.worker.want(wanted)
+            prompt = one.packed.copied()
+            wanted = {
+                number: Wanted(prompt, decoding, partial(self._tell, self._made, number), whole)
+                for number, decoding, whole in one.answers
+            }
+            self._wanted |= wanted
+            self._model.worker.want(list(wanted.values()))
         return True
 
     async def leave(self, server: str, numbers: Sequence[int]) -> None:
@@ -147,12 +130,11 @@ class Replica:
     def _load(self) -> dict[str, Served]:
         return open_models({self._name: self._path}, self._limits, **self._how)
 
-    def _known(self, model: Served, seconds: float) -> Facts:
-        assert isinstance(model.worker, Worker)
-        engine = model.worker.engine
+    def _known(self, model: Served, seconds: float) -> Opened:
+        facts = Facts.of(model)
         # A padded batch begins when the one before it has ended, so the next one has to wait here already.
-        takes = self._limits.slots * (2 if engine.padded_because else 1)
-        return Facts(engine.processor, engine.room, model.template, takes, os.uname().nodename, seconds)
+        takes = self._limits.slots * (2 if facts.padded else 1)
+        return Opened(facts, takes, os.uname().nodename, seconds)
 
     def _tell(self, made: asyncio.Queue[Numbered], number: int, event: Event) -> None:
         if not isinstance(event, Piece):

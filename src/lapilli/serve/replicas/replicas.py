@@ -19,7 +19,8 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from lapilli.generate.processor import Prompt
-from lapilli.serve.replicas.replica import Asked, Facts, Numbered
+from lapilli.serve.passing import Numbered, Packed
+from lapilli.serve.replicas.replica import Asked
 from lapilli.serve.worker import Event, Lost, Piece, Post, Wanted
 
 log = logging.getLogger(__name__)
@@ -65,8 +66,8 @@ class _Replica:
 class Replicas:
     """The replicas of one model, by handles of their Ray Serve deployments. Touched by the event loop alone."""
 
-    def __init__(self, name: str, handles: Sequence[Any], facts: Facts) -> None:
-        self._replicas = [_Replica(f"{name}, replica {i}", handle, facts.takes) for i, handle in enumerate(handles, 1)]
+    def __init__(self, name: str, handles: Sequence[Any], takes: int) -> None:
+        self._replicas = [_Replica(f"{name}, replica {i}", handle, takes) for i, handle in enumerate(handles, 1)]
         self._waiting: deque[Wanted] = deque()
         self._numbers = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -103,9 +104,9 @@ class Replicas:
         while not self.alive:
             await asyncio.sleep(_LOOK_SECONDS)
 
-    def want(self, wanted: Wanted) -> None:
-        """Let an answer wait for its turn."""
-        self._waiting.append(wanted)
+    def want(self, wanted: Sequence[Wanted]) -> None:
+        """Let answers to one prompt wait for their turn."""
+        self._waiting += wanted
         self._deal_soon()
 
     def stop(self, wait_seconds: float = 10.0) -> None:
@@ -205,7 +206,10 @@ class Replicas:
     async def _send(self, one: _Replica, bundles: list[tuple[Prompt, list[int]]]) -> None:
         server, numbers = one.server, [n for _, some in bundles for n in some]
         wanted = {n: one.given[n].wanted for n in numbers}
-        asked = [Asked.of(prompt, [(n, wanted[n].decoding, wanted[n].whole) for n in some]) for prompt, some in bundles]
+        asked = [
+            Asked(Packed.of(prompt), tuple((n, wanted[n].decoding, wanted[n].whole) for n in some))
+            for prompt, some in bundles
+        ]
         try:
             taken = await one.handle.want.remote(server, asked)
         except FAILURES as error:
