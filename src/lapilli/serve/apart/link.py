@@ -22,7 +22,7 @@ from typing import Any
 from lapilli.base.errors import LapilliError, RunError
 from lapilli.serve.apart.message import Asked, Left, Made, Opening
 from lapilli.serve.models import Served
-from lapilli.serve.passing import Numbered, Packed
+from lapilli.serve.passing import Facts, Numbered, Packed
 from lapilli.serve.remote import RemotePictures
 from lapilli.serve.settings import Limits
 from lapilli.serve.worker import Event, Lost, Piece, Post, Wanted
@@ -45,6 +45,20 @@ class Link:
         self._numbers = itertools.count()
         self._threads: list[Thread] = []
         self._stopping = False
+
+    def open(self, opening: Opening) -> Mapping[str, Facts]:
+        """Let the process open its models. Raises what it says is wrong, or RunError if it ends before."""
+        try:
+            self._connection.send(opening)
+            answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            ending, what = _ending(self._process.wait()), ", ".join(opening.named.values())
+            raise RunError(
+                f"the models' process has ended ({ending}) before it had opened {what}; what it wrote above says why"
+            ) from error
+        if isinstance(answer, LapilliError):
+            raise answer
+        return answer
 
     def start(self) -> None:
         """Begin to send and to hear; called again, it does nothing."""
@@ -79,6 +93,12 @@ class Link:
             self._process.kill()
         for thread in self._threads[1:]:
             thread.join(_END_SECONDS)
+
+    def close(self) -> None:
+        """End the process at once, if it still runs."""
+        self._stopping = True
+        self._process.kill()
+        self._process.wait()
 
     def _send(self) -> None:
         looked = 0.0
@@ -212,27 +232,12 @@ def open_apart(
     with theirs:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),))
     with Connection(ours.detach()) as connection:
+        link = Link(connection, process, list(named))
         try:
-            facts = _opened(connection, process, Opening(dict(named), limits, how))
-            link = Link(connection, process, list(named))
+            facts = link.open(Opening(dict(named), limits, how))
             yield {name: one.served(name, link.models[name], limits, remote) for name, one in facts.items()}
         finally:
-            process.kill()
-            process.wait()
-
-
-def _opened(connection: Connection, process: subprocess.Popen[bytes], opening: Opening) -> Any:
-    try:
-        connection.send(opening)
-        answer = connection.recv()
-    except (EOFError, OSError) as error:
-        ending, what = _ending(process.wait()), ", ".join(opening.named.values())
-        raise RunError(
-            f"the models' process has ended ({ending}) before it had opened {what}; what it wrote above says why"
-        ) from error
-    if isinstance(answer, LapilliError):
-        raise answer
-    return answer
+            link.close()
 
 
 def _ending(status: int) -> str:
