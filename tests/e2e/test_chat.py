@@ -46,6 +46,7 @@ class Terminal:
         self.pid, self._terminal = pty.fork()
         if self.pid == 0:
             os.chdir(root)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever started the tests may have it ignored
             os.execvpe(COMMAND[0], [*COMMAND, *arguments], os.environ | {"TERM": "dumb"})
 
     def expect(self, text, seconds=90):

@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection
 from threading import Lock, Thread
 from typing import Any
 
+import torch
+
 from lapilli.base.errors import LapilliError, RunError
 from lapilli.serve.apart.message import Asked, Left, Made, Opening
 from lapilli.serve.models import Served
@@ -235,6 +237,7 @@ def open_apart(
         link = Link(connection, process, list(named))
         try:
             facts = link.open(Opening(dict(named), limits, how))
+            torch.set_num_threads(1)  # four threads open pictures here; the processors are the models'
             yield {name: one.served(name, link.models[name], limits, remote) for name, one in facts.items()}
         finally:
             link.close()

@@ -24,15 +24,15 @@ export class Thread {
     this.editing = null;
     this.follows = true;
     this.scroller = byId("thread");
-    const latest = byId("latest");
-    latest.append(icon("down"));
-    latest.addEventListener("click", () => this.toEnd());
+    this.latest = byId("latest");
+    this.latest.append(icon("down"));
+    this.latest.addEventListener("click", () => this.toEnd());
     this.scroller.addEventListener(
       "scroll",
       () => {
         const { scrollHeight, scrollTop, clientHeight } = this.scroller;
         this.follows = scrollHeight - scrollTop - clientHeight < 60;
-        latest.hidden = this.follows;
+        this.latest.hidden = this.follows;
       },
       { passive: true },
     );
@@ -40,7 +40,7 @@ export class Thread {
   }
 
   toEnd() {
-    this.follows = true;
+    this.follows = this.latest.hidden = true;
     this.scroller.scrollTop = this.page().conversation.empty ? 0 : this.scroller.scrollHeight;
   }
 
