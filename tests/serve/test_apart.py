@@ -4,29 +4,26 @@ import contextlib
 import json
 import os
 import signal
-import time
+from multiprocessing import Pipe
+from queue import SimpleQueue
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from tests.support.proc import children
 from tests.support.server_process import serving
+from tests.support.waiting import until
 
 from lapilli.base.errors import ModelError, RunError
-from lapilli.generate.decoding import Decoding
+from lapilli.generate.decoding import Answer, Decoding
 from lapilli.serve.apart import link
 from lapilli.serve.apart.link import open_apart
+from lapilli.serve.apart.message import Left, Made
+from lapilli.serve.apart.process import _Models
 from lapilli.serve.settings import Limits
 from lapilli.serve.worker import Lost, Wanted
 
 ASK = {"messages": [{"role": "user", "content": "?"}], "temperature": 0}
-
-
-def until(what, seconds=10.0):
-    """Wait until it holds."""
-    since = time.monotonic()
-    while not what():
-        assert time.monotonic() - since < seconds
-        time.sleep(0.05)
 
 
 def runs(pid):
@@ -114,10 +111,47 @@ def test_a_model_whose_engine_ends_loses_its_answers_and_takes_no_more(models):
             return wanted
 
         answered = ask()
-        until(lambda: made and made[-1][0] is answered and made[-1][1].finish == "stop")
+        until(lambda: made and isinstance(made[-1][1], Answer))
+        assert made[-1][0] is answered
         worker.hear(None, ())  # as the process says it
         assert not worker.alive
         late = ask()
         assert made[-1] == (late, Lost())
         assert worker.failures == 1
         worker.stop()
+
+
+@pytest.mark.slow
+def test_a_models_process_that_fails_ends_though_answers_grow(models):
+    made = []
+    with open_apart({"forever": str(models / "endless")}, Limits(), device="cpu") as opened:
+        worker = opened["forever"].worker
+        worker.start(made.extend)
+        worker.want([Wanted(opened["forever"].reader._processor.prompt("?"), Decoding(20000), lambda _: None)])
+        until(lambda: made)
+        worker._link._connection.send("no message")
+        until(lambda: not worker.alive)
+        until(lambda: made[-1][1] == Lost())
+
+
+class Stopped:
+    """An engine's thread that has ended."""
+
+    alive, active = False, 0
+
+    def start(self, _):
+        pass
+
+    def stop(self):
+        pass
+
+
+def test_an_engine_that_ended_is_told_however_many_messages_come():
+    ours, theirs = Pipe()
+    inbox = SimpleQueue()
+    for message in (Left(()), Left(()), None):
+        inbox.put(message)
+    _Models(theirs, {"it": SimpleNamespace(worker=Stopped())}).run(inbox)
+    assert ours.poll(0)
+    assert ours.recv() == Made("it", None, ())
+    assert not ours.poll(0)  # once

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+from tests.support.waiting import until
 
 from lapilli.generate.decoding import Decoding
 
@@ -284,15 +285,6 @@ def test_refused_bodies(api):
     assert caught.value.status_code == 413
     assert api.http.get("/v1/chat/completions").status_code == 405
     assert api.http.get("/none").json()["error"]["code"] == "not_found"
-
-
-def until(true, seconds):
-    """Seconds until something holds; fails if it never does."""
-    begun = time.monotonic()
-    while not true():
-        assert time.monotonic() - begun < seconds
-        time.sleep(0.02)
-    return time.monotonic() - begun
 
 
 def test_a_full_queue_and_clients_that_leave(api):

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 import uvicorn
+from tests.support.waiting import until
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -56,13 +57,6 @@ def listening(base):
 def server(request):
     with listening(request.param) as made:
         yield made
-
-
-def until(true, seconds=20.0):
-    begun = time.monotonic()
-    while not true():
-        assert time.monotonic() - begun < seconds
-        time.sleep(0.01)
 
 
 def rest(connection):

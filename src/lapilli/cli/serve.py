@@ -7,24 +7,9 @@ import typer
 from typer.core import TyperGroup
 
 from lapilli.base.errors import RunError
+from lapilli.cli import serve_flags as flags
 from lapilli.cli.held import held
 from lapilli.cli.serve_cluster import ask, register, web
-from lapilli.cli.serve_flags import (
-    Device,
-    Examples,
-    Host,
-    Images,
-    ImageUrls,
-    KeyFile,
-    LogBytes,
-    LogDir,
-    ModerationUrl,
-    NewTokens,
-    NoPage,
-    Port,
-    RequestSeconds,
-    RequestsPerMinute,
-)
 from lapilli.cli.serving import device_of, import_server, make_page, say, tell, without_effect
 
 _API = "models"
@@ -53,12 +38,12 @@ def serve(
             metavar="MODEL...", help="Model folders, run folders, or adapter folders with --base; NAME=PATH names one."
         ),
     ],
-    host: Host = "127.0.0.1",
-    port: Port = 8000,
-    api_key_file: KeyFile = None,
+    host: flags.Host = "127.0.0.1",
+    port: flags.Port = 8000,
+    api_key_file: flags.KeyFile = None,
     base: Annotated[str | None, typer.Option(help="Model that adapters were trained on.", metavar="DIR")] = None,
     template: Annotated[str | None, typer.Option(help="Conversation template instead of the models' own.")] = None,
-    device: Device = "auto",
+    device: flags.Device = "auto",
     load_8bit: Annotated[
         bool, typer.Option("--load-8bit", help="Hold the language model's layers in 8 bits (bitsandbytes).")
     ] = False,
@@ -91,20 +76,20 @@ def serve(
         int | None, typer.Option(min=1, help="Answers that grow at a time. Default: 16 of a model, 256 of an engine.")
     ] = None,
     queue: Annotated[int, typer.Option(min=1, help="Answers of one model that may wait; beyond them 429.")] = 64,
-    new_tokens: NewTokens = 2048,
-    images: Images = 16,
+    new_tokens: flags.NewTokens = 2048,
+    images: flags.Images = 16,
     image_bytes: Annotated[int, typer.Option(min=1, help="Largest picture, as a file.")] = 20_000_000,
     image_pixels: Annotated[int, typer.Option(min=1, help="Largest picture, width times height.")] = 50_000_000,
-    allow_image_urls: ImageUrls = False,
+    allow_image_urls: flags.ImageUrls = False,
     body_bytes: Annotated[int, typer.Option(min=1, help="Largest request.")] = 32 << 20,
-    request_seconds: RequestSeconds = 600.0,
+    request_seconds: flags.RequestSeconds = 600.0,
     drain_seconds: Annotated[float, typer.Option(min=1, help="Time for answers to end when asked to stop.")] = 60.0,
-    requests_per_minute: RequestsPerMinute = None,
-    no_page: NoPage = False,
-    examples: Examples = None,
-    log_dir: LogDir = None,
-    log_bytes: LogBytes = 10 << 30,
-    moderation_url: ModerationUrl = None,
+    requests_per_minute: flags.RequestsPerMinute = None,
+    no_page: flags.NoPage = False,
+    examples: flags.Examples = None,
+    log_dir: flags.LogDir = None,
+    log_bytes: flags.LogBytes = 10 << 30,
+    moderation_url: flags.ModerationUrl = None,
     moderation_images: Annotated[bool, typer.Option("--moderation-images", help="About pictures too.")] = False,
     moderation_optional: Annotated[
         bool, typer.Option("--moderation-optional", help="Answer all the same where it can't be asked.")
@@ -179,10 +164,10 @@ def serve(
 
 @app.command()
 def controller(
-    host: Host = "127.0.0.1",
-    port: Port = 21001,
+    host: flags.Host = "127.0.0.1",
+    port: flags.Port = 21001,
     dispatch_method: Annotated[str, typer.Option(help="shortest_queue or lottery.")] = "shortest_queue",
-    api_key_file: KeyFile = None,
+    api_key_file: flags.KeyFile = None,
 ) -> None:
     """LLaVA's controller: knows the workers, and says which one a question goes to."""
     from lapilli.serve.settings import Limits, check_address, own_key, read_keys
@@ -214,8 +199,8 @@ def worker(
     ] = None,
     model_base: Annotated[str | None, typer.Option(metavar="DIR", help="Model that adapters were trained on.")] = None,
     model_name: Annotated[str | None, typer.Option(help="What it is called; its folder's name if not given.")] = None,
-    host: Host = "127.0.0.1",
-    port: Port = 21002,
+    host: flags.Host = "127.0.0.1",
+    port: flags.Port = 21002,
     worker_address: Annotated[
         str | None, typer.Option("--worker-address", "--worker", metavar="URL", help="How the controller reaches it.")
     ] = None,
@@ -223,8 +208,8 @@ def worker(
         str, typer.Option("--controller-address", "--controller", "--controller-url", metavar="URL")
     ] = "http://127.0.0.1:21001",
     no_register: Annotated[bool, typer.Option("--no-register", help="Tell no controller.")] = False,
-    api_key_file: KeyFile = None,
-    device: Device = "auto",
+    api_key_file: flags.KeyFile = None,
+    device: flags.Device = "auto",
     limit_model_concurrency: Annotated[int, typer.Option(min=1, help="Answers that grow at a time.")] = 16,
     load_8bit: Annotated[bool, typer.Option("--load-8bit", help="Hold the language model in 8 bits.")] = False,
     load_4bit: Annotated[bool, typer.Option("--load-4bit", help="Hold it in 4 bits, NF4.")] = False,

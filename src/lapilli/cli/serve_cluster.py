@@ -5,21 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lapilli.base.errors import RunError, unknown
-from lapilli.cli.serve_flags import (
-    Examples,
-    Host,
-    Images,
-    ImageUrls,
-    KeyFile,
-    LogBytes,
-    LogDir,
-    ModerationUrl,
-    NewTokens,
-    NoPage,
-    Port,
-    RequestSeconds,
-    RequestsPerMinute,
-)
+from lapilli.cli import serve_flags as flags
 from lapilli.cli.serving import import_server, make_page, say, tell, without_effect
 
 if TYPE_CHECKING:
@@ -43,25 +29,25 @@ _NO_TUNNEL = (
 def web(
     controller: Controller = _CONTROLLER,
     worker: Worker = None,
-    host: Host = "127.0.0.1",
-    port: Port = 7860,
-    api_key_file: KeyFile = None,
+    host: flags.Host = "127.0.0.1",
+    port: flags.Port = 7860,
+    api_key_file: flags.KeyFile = None,
     template: Annotated[
         str | None, typer.Option(help="Of all models. Default: what a worker says, else by the model's name.")
     ] = None,
     model_list_mode: Annotated[str, typer.Option(help="Ask for the models once, or reload: for each page.")] = "once",
     concurrency_count: Annotated[int, typer.Option(min=1, help="Answers that are asked for at a time.")] = 256,
     queue: Annotated[int, typer.Option(min=1, help="Answers that may wait for that; beyond them 429.")] = 64,
-    new_tokens: NewTokens = 1536,
-    images: Images = 16,
-    allow_image_urls: ImageUrls = False,
-    request_seconds: RequestSeconds = 600.0,
-    requests_per_minute: RequestsPerMinute = None,
-    no_page: NoPage = False,
-    examples: Examples = None,
-    log_dir: LogDir = None,
-    log_bytes: LogBytes = 10 << 30,
-    moderation_url: ModerationUrl = None,
+    new_tokens: flags.NewTokens = 1536,
+    images: flags.Images = 16,
+    allow_image_urls: flags.ImageUrls = False,
+    request_seconds: flags.RequestSeconds = 600.0,
+    requests_per_minute: flags.RequestsPerMinute = None,
+    no_page: flags.NoPage = False,
+    examples: flags.Examples = None,
+    log_dir: flags.LogDir = None,
+    log_bytes: flags.LogBytes = 10 << 30,
+    moderation_url: flags.ModerationUrl = None,
     moderate: Annotated[
         bool, typer.Option("--moderate", help="Ask OpenAI's; its key may be in OPENAI_API_KEY, too.")
     ] = False,

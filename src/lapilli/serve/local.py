@@ -1,4 +1,4 @@
-"""Models of this process as a server's backend: one engine thread each, and threads that read pictures."""
+"""Models by name as a server's backend: what makes their answers (`Works`), and threads that read pictures."""
 
 from __future__ import annotations
 

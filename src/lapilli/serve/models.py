@@ -47,7 +47,7 @@ def name_models(given: Sequence[str]) -> dict[str, str]:
 
 
 class Works(Protocol):
-    """What makes a model's answers: a thread of this process (`Worker`), or replicas elsewhere."""
+    """What makes a model's answers: a thread of this process (`Worker`), another process, or replicas elsewhere."""
 
     failures: int
 

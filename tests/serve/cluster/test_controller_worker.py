@@ -5,12 +5,12 @@ import base64
 import json
 import os
 import signal
-import time
 from itertools import pairwise
 
 import httpx
 import pytest
 from tests.support.server_process import serving
+from tests.support.waiting import until
 
 from lapilli.data.template import Template
 from lapilli.serve.cluster.controller import Controller, Known
@@ -28,13 +28,6 @@ def post(root, path, body=None, key=None, timeout=60):
 def frames(data):
     assert data.endswith(b"\0")
     return [json.loads(one) for one in data[:-1].split(b"\0")]
-
-
-def until(wanted, seconds=20):
-    end = time.monotonic() + seconds
-    while not wanted():
-        assert time.monotonic() < end, "did not happen"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

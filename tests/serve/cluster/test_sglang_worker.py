@@ -9,9 +9,10 @@ from typing import ClassVar
 
 import httpx
 import pytest
-from tests.serve.cluster.test_controller_worker import frames, post, until
+from tests.serve.cluster.test_controller_worker import frames, post
 from tests.support.loopback import loopback
 from tests.support.server_process import serving
+from tests.support.waiting import until
 
 PROMPT = "A chat. USER: <image>\nWhat? ASSISTANT:"
 

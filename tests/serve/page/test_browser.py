@@ -1,16 +1,8 @@
 """The page as a user has it: asking, streaming, stopping, asking again, the keyboard, narrow and dark screens."""
 
-import time
-
 import pytest
 from tests.serve.page.conftest import KEY, QUEUE, SLOTS
-
-
-def until(true, seconds=5.0):
-    begun = time.monotonic()
-    while not true():
-        assert time.monotonic() - begun < seconds
-        time.sleep(0.02)
+from tests.support.waiting import until
 
 
 def test_ask_and_go_on(visit, site):
@@ -34,7 +26,7 @@ def test_stop_frees_the_slot_and_keeps_the_words(visit, site):
     visit.page.locator("#model-0").select_option("forever")
     visit.longest()
     visit.ask("Tell me", wait=False)
-    until(lambda: "bird one blue" in "".join(visit.answers()))
+    until(lambda: "bird one blue" in "".join(visit.answers()), 5)
     assert visit.page.locator(".answer.running").count() == 1
     visit.page.keyboard.press("Escape")
     visit.idle()
@@ -178,7 +170,7 @@ def test_a_full_queue_is_said_and_tried_again(visitor, site):
     try:
         for stream in streams:
             stream.__enter__()
-        until(lambda: site.metric('lapilli_waiting{model="forever"}') == QUEUE)
+        until(lambda: site.metric('lapilli_waiting{model="forever"}') == QUEUE, 5)
         visit.ask("Room for me?")
         assert "The server is busy." in visit.page.locator(".problem").inner_text()
         again = visit.page.locator(".problem button")
@@ -189,7 +181,7 @@ def test_a_full_queue_is_said_and_tried_again(visitor, site):
         for stream in streams:
             stream.__exit__(None, None, None)
     visit.page.locator(".problem button:enabled").click(timeout=65_000)
-    until(lambda: "".join(visit.answers()).startswith("one blue"))
+    until(lambda: "".join(visit.answers()).startswith("one blue"), 5)
     visit.page.keyboard.press("Escape")
     visit.idle()
 
@@ -243,7 +235,7 @@ def test_enter_while_composing_chooses_a_syllable(visit):
 def test_screen_readers_hear_the_answer_once(visit):
     visit.ask("Who?")
     said = visit.page.locator("[aria-live=polite]")
-    until(lambda: said.inner_text() == "a red dog 음식")
+    until(lambda: said.inner_text() == "a red dog 음식", 5)
     assert visit.page.locator(".answer").get_attribute("aria-busy") == "false"
 
 
@@ -307,7 +299,7 @@ def test_copy(visit):
     visit.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     visit.ask("Who?")
     visit.page.get_by_role("button", name="Copy the answer").click()
-    until(lambda: visit.page.evaluate("navigator.clipboard.readText()") == "a red dog 음식")
+    until(lambda: visit.page.evaluate("navigator.clipboard.readText()") == "a red dog 음식", 5)
 
 
 @pytest.mark.parametrize(("wish", "moves"), [("reduce", False), ("no-preference", True)])
@@ -356,7 +348,7 @@ def test_draft_and_settings_survive_a_reload(visit):
 def test_votes(visit, site):
     visit.ask("Who?")
     visit.page.get_by_role("button", name="Good answer").click()
-    until(lambda: site.kept()[-1]["type"] == "upvote")
+    until(lambda: site.kept()[-1]["type"] == "upvote", 5)
     assert site.kept()[-1]["model"] == "parrot"
     assert visit.page.get_by_role("button", name="Good answer").get_attribute("aria-pressed") == "true"
     assert visit.page.get_by_role("button", name="Flag this answer").is_disabled()

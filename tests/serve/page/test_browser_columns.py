@@ -3,8 +3,8 @@
 import time
 
 import pytest
-from tests.serve.page.test_browser import until
 from tests.support.server_process import serving
+from tests.support.waiting import until
 
 
 def columns(visit):
@@ -44,7 +44,7 @@ def test_two_models_answer_the_same_questions(visit, site):
     ]  # fmt: skip
     assert ("seed" in left, right["seed"]) == (False, 5)
     page.get_by_role("button", name="Right is better").last.click()
-    until(lambda: {one["type"] for one in site.kept()[-2:]} == {"upvote", "downvote"})
+    until(lambda: {one["type"] for one in site.kept()[-2:]} == {"upvote", "downvote"}, 5)
     assert {one["type"]: one["model"] for one in site.kept()[-2:]} == {"upvote": "tag", "downvote": "parrot"}
     page.get_by_role("button", name="Side by side").click()
     page.get_by_role("dialog").get_by_role("button", name="Right").click()
@@ -61,7 +61,7 @@ def test_one_column_fails_and_is_tried_again_alone(visitor, site):
     visit.longest()
     side_by_side(visit, "forever", "parrot")
     visit.ask("First?", wait=False)
-    until(lambda: len(columns(visit)[0]) > 20 and columns(visit)[1] == "a red dog 음식")
+    until(lambda: len(columns(visit)[0]) > 20 and columns(visit)[1] == "a red dog 음식", 5)
     visit.page.keyboard.press("Escape")
     visit.idle()
     until(lambda: site.metric('lapilli_active{model="forever"}') == 0, 1)
@@ -86,7 +86,7 @@ def test_answers_that_break_off(visitor, page_models, models):
 
         visit.choose(page_models / "wide.jpg")
         visit.ask("Go on", wait=False)
-        until(lambda: "blu" in visit.answers()[-1])
+        until(lambda: "blu" in visit.answers()[-1], 5)
         server.process.kill()
         visit.idle()
         assert "connection was lost" in problem.last.inner_text()

@@ -16,6 +16,7 @@ import openai
 import pytest
 from openai import OpenAI
 from tests.support.server_process import serving
+from tests.support.waiting import until
 
 from lapilli.generate.decoding import Decoding
 
@@ -23,15 +24,6 @@ SLOTS, QUEUE = 2, 3
 ASK = [{"role": "user", "content": "What is it?"}]
 LOAD_SECONDS = 400
 """Ray starts a Python process for all it does, and two cores may have other work."""
-
-
-def until(true, seconds):
-    """Seconds until something holds; fails if it never does."""
-    begun = time.monotonic()
-    while not true():
-        assert time.monotonic() - begun < seconds
-        time.sleep(0.05)
-    return time.monotonic() - begun
 
 
 def processes(mark):

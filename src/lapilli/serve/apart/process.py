@@ -12,6 +12,7 @@ import queue
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from threading import Lock, Thread
@@ -26,7 +27,7 @@ from lapilli.serve.threads import SWITCH_SECONDS
 from lapilli.serve.worker import Event, Piece, Wanted
 
 _LOOK_SECONDS = 1.0
-"""How often it is looked whether the engines' threads run."""
+"""How often it is looked whether the engines' threads run, where no message comes."""
 
 
 class _Models:
@@ -44,22 +45,25 @@ class _Models:
         """Make answers until the server says that it is enough."""
         for name, worker in self._works.items():
             worker.start(partial(self._post, name))
-        while True:
-            try:
-                message = inbox.get(timeout=_LOOK_SECONDS)
-            except queue.Empty:
+        try:
+            while True:
                 self._look()
-                continue
-            if message is None:
-                break
-            if isinstance(message, Left):
-                for number in message.numbers:
-                    if number in self._wanted:
-                        self._wanted[number].leave()
-            else:
-                self._want(message)
-        for worker in self._works.values():
-            worker.stop()
+                with suppress(queue.Empty):
+                    message = inbox.get(timeout=_LOOK_SECONDS)
+                    if message is None:
+                        break
+                    self._take(message)
+        finally:  # a thread that still computes would keep a process that fails from ending
+            for worker in self._works.values():
+                worker.stop()
+
+    def _take(self, message: Asked | Left) -> None:
+        if isinstance(message, Asked):
+            self._want(message)
+            return
+        for number in message.numbers:
+            if number in self._wanted:
+                self._wanted[number].leave()
 
     def _want(self, asked: Asked) -> None:
         prompt = asked.packed.copied()
